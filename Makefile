@@ -1,0 +1,27 @@
+# setup demo check test: the same four here, in the README and in CI.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo check test test-all clean
+
+setup: $(BIN)/scumble
+
+$(BIN)/scumble: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $(BIN)/scumble
+
+demo: setup        ## train a LoRA on the embedded base, see it work, load it in diffusers
+	$(BIN)/scumble demo
+
+check: setup       ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy src/scumble
+
+test: setup        ## everything that protects the main job
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,374 @@
+"""Adapter: one named adapter in one model; inject it, use it, eject it without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from scumble.adapters.adapted import Adapted, check_strength
+from scumble.adapters.delta import Delta, DeltaSettings
+from scumble.adapters.families import FAMILIES
+from scumble.adapters.layers import Place, places
+from scumble.adapters.lora import LoraSettings
+from scumble.adapters.state import AdapterState, LayerPath, Metadata
+from scumble.adapters.targets import Matched, per_layer, resolve
+from scumble.errors import AdapterError, NotFinite
+from scumble.rng import Streams
+
+_DEFAULT_SETTINGS = LoraSettings()
+
+
+class Adapter:
+    """One named adapter in one model.
+
+        adapter = Adapter.inject({"unet": unet}, "attention", LoraSettings(rank=8))
+        optimizer = torch.optim.AdamW(adapter.parameters())
+        ...
+        adapter.strength = 0.5
+        adapter.eject()
+
+    Several adapters may be in one model, ejected in any order. The base's own parameters are not touched, not
+    even their `requires_grad`: freeze the base before training.
+
+    Laws: after `eject` the model holds the very same module objects and gives bit-identical outputs; at
+    strength 0 the outputs are bit-identical to the base's; `Adapter.load(model, adapter.state())` acts like
+    `adapter`; an error in `inject`, `load`, `attach` or `load_state` leaves the model as it was.
+
+    Used as a context manager, it is ejected at the end.
+    """
+
+    name: str
+    deltas: Mapping[LayerPath, Delta]
+    """The change to each layer, in the model's own order. Read only."""
+    matched: Matched | None
+    """What each target found; None for a loaded adapter."""
+
+    def __init__(
+        self,
+        name: str,
+        roots: Mapping[str, nn.Module],
+        deltas: Mapping[LayerPath, Delta],
+        *,
+        strength: float | Tensor = 1.0,
+        matched: Matched | None = None,
+    ) -> None:
+        """An adapter made of `deltas`, not yet attached. Most callers want `inject` or `load`."""
+        if not name:
+            raise AdapterError("An adapter needs a name that is not empty.")
+        self.name = name
+        self.deltas = MappingProxyType(dict(deltas))
+        self.matched = matched
+        self._roots = dict(roots)
+        self._strength = check_strength(strength)
+        self._places: dict[LayerPath, Place] | None = None
+
+    @classmethod
+    def inject(
+        cls,
+        roots: Mapping[str, nn.Module],
+        targets: str | Sequence[str],
+        settings: DeltaSettings = _DEFAULT_SETTINGS,
+        *,
+        name: str = "default",
+        streams: Streams = Streams(0),  # noqa: B008 - a frozen value
+        strength: float | Tensor = 1.0,
+        within: Sequence[str] | None = None,
+    ) -> Self:
+        """A new, trainable adapter on the layers that `targets` mean.
+
+        Its first values depend on the seed and on the layer's position in the model, not on the targets nor
+        on torch's global generator; the model's outputs do not change yet.
+
+        Args:
+            roots: name -> module, e.g. `{"unet": unet, "text_encoder": text_encoder}`; denoiser first.
+            targets: presets and patterns (see `targets.resolve`).
+            settings: the family's settings, e.g. LoraSettings(rank=8).
+            name: must be new in this model.
+            streams: the source of the first values.
+            strength: a number, or (B,), one per sample.
+            within: the roots that bare presets and `*.` patterns look in; by default the first.
+
+        Raises:
+            NoLayerMatches: a target, or a pattern of the settings, matches no layer.
+            AdapterError: the model already has an adapter of that name.
+        """
+        matched = resolve(roots, targets, within=within)
+        paths = list(matched.layers)
+        ranks = per_layer(settings.rank_pattern, settings.rank, paths, "rank_pattern")
+        alphas = per_layer(settings.alpha_pattern, settings.alpha, paths, "alpha_pattern")
+        family = FAMILIES.get(settings.family)
+        order = {path: position for position, path in enumerate(places(roots))}
+        deltas = {}
+        for path, layer in matched.layers.items():
+            alpha, generator = alphas[path], streams.generator("adapter", order[path])
+            alpha = float(ranks[path]) if alpha is None else alpha
+            deltas[path] = family.fresh(layer, settings, rank=ranks[path], alpha=alpha, generator=generator)
+        return cls(name, roots, deltas, strength=strength, matched=matched).attach()
+
+    @classmethod
+    def load(
+        cls,
+        roots: Mapping[str, nn.Module],
+        state: AdapterState,
+        *,
+        name: str = "default",
+        strength: float | Tensor = 1.0,
+        trainable: bool = False,
+    ) -> Self:
+        """The adapter that `state` describes, in this model. Its tensors are copied, to fp32 at least.
+
+        Args:
+            roots: name -> module. Every layer of `state` must be there.
+            state: the adapter as data.
+            name: must be new in this model.
+            strength: a number, or (B,), one per sample.
+            trainable: False sets requires_grad False and eval mode (no dropout).
+
+        Raises:
+            AdapterError: a layer is not there, its tensors don't fit, the name is taken, or the state holds
+                learned tokens, which belong to a tokenizer and not to layers.
+            NotFinite: a tensor holds NaN or infinity.
+            UnknownName: a layer's family is not known.
+        """
+        if state.tokens:
+            raise AdapterError(
+                f"This adapter also holds {len(state.tokens)} learned tokens "
+                f"({', '.join(state.tokens)}), which can't be put into layers. "
+                "Pass a state without tokens to use the layers alone."
+            )
+        if not state.layers:
+            raise AdapterError("This adapter changes no layer: its state is empty.")
+        there = places(roots)
+        missing = [path for path in state.layers if path not in there]
+        if missing:
+            raise AdapterError(
+                f"{len(missing)} of the adapter's {len(state.layers)} layers are not in this model, "
+                f"e.g. {missing[0]!r}. The model's parts are {', '.join(roots)}; "
+                "the adapter may be for another base."
+            )
+        _check_finite(state)
+        deltas: dict[LayerPath, Delta] = {}
+        for path in (path for path in there if path in state.layers):
+            layer_state = state.layers[path]
+            with naming(path):
+                deltas[path] = FAMILIES.get(layer_state.family).from_state(there[path].layer, layer_state)
+            deltas[path].requires_grad_(trainable).train(trainable)
+        return cls(name, roots, deltas, strength=strength).attach()
+
+    # Being in the model
+
+    @property
+    def attached(self) -> bool:
+        """Whether the adapter is in the model now."""
+        return self._places is not None
+
+    def attach(self) -> Self:
+        """Put an ejected adapter back: same parameters, same strength. Costs no copy.
+
+        Raises:
+            AdapterError: it is already in the model, another adapter there has its name, or a layer is gone.
+        """
+        if self.attached:
+            raise AdapterError(f"Adapter {self.name!r} is already in the model.")
+        there = places(self._roots)
+        for path, place in there.items():
+            if isinstance(place.holder, Adapted) and self.name in place.holder:
+                raise AdapterError(
+                    f"This model already has an adapter {self.name!r} (at {path!r}). "
+                    "Eject it first, or choose another name."
+                )
+        gone = [path for path in self.deltas if path not in there]
+        if gone:
+            raise AdapterError(
+                f"The model has no layer {gone[0]!r} any more, so {self.name!r} can't be attached."
+            )
+        with _all_or_nothing() as undo:
+            for path, delta in self.deltas.items():
+                undo.callback(_detach, self.name, there[path])
+                holder = there[path].holder
+                if not isinstance(holder, Adapted):
+                    holder = Adapted(there[path].layer)
+                    there[path].hang(holder)
+                holder.add(self.name, delta, self._strength)
+        self._places = {path: there[path] for path in self.deltas}
+        return self
+
+    def eject(self) -> None:
+        """Take the adapter out of the model, which is then as it was; `attach` puts it back.
+
+        Raises:
+            AdapterError: it is not in the model, or somebody replaced a layer in the meantime.
+        """
+        here = self._here("eject")
+        for path, place in here.items():
+            holder = place.holder
+            if not isinstance(holder, Adapted) or self.name not in holder:
+                raise AdapterError(
+                    f"{path!r} was replaced by a {type(holder).__name__} after {self.name!r} was injected, "
+                    "so it can't be ejected exactly. Undo that replacement first."
+                )
+        for place in here.values():
+            _detach(self.name, place)
+        self._places = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.attached:
+            self.eject()
+
+    # Strength
+
+    @property
+    def strength(self) -> float | Tensor:
+        """How much of the change is applied: a number (1 is as trained), or (B,), one per sample."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, strength: float | Tensor) -> None:
+        self._strength = check_strength(strength)
+        self._apply_strength(self._strength)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The model without this adapter, bit-identical, for the length of a `with` block."""
+        self._apply_strength(0.0)
+        try:
+            yield
+        finally:
+            self._apply_strength(self._strength)
+
+    def _apply_strength(self, strength: float | Tensor) -> None:
+        for place in (self._places or {}).values():
+            holder = place.holder
+            assert isinstance(holder, Adapted)
+            holder.set_strength(self.name, strength)
+
+    # Values
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """("<layer path>.<tensor name>", parameter), in the model's own order; e.g. "unet....to_q.down"."""
+        for path, delta in self.deltas.items():
+            for name, parameter in delta.named_parameters():
+                yield f"{path}.{name}", parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters, in the order of `named_parameters`."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    @property
+    def parameter_count(self) -> int:
+        """How many numbers the adapter holds."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the adapter's dropout on or off; the base's modules keep their mode."""
+        for delta in self.deltas.values():
+            delta.train(mode)
+        return self
+
+    def state(self, metadata: Metadata = Metadata()) -> AdapterState:  # noqa: B008 - a frozen value
+        """The adapter as plain data: copies on the CPU. The strength is not part of it."""
+        return AdapterState({path: delta.state() for path, delta in self.deltas.items()}, metadata=metadata)
+
+    def load_state(self, state: AdapterState) -> None:
+        """Take the values of `state` in place, so that optimizers keep their parameters. For resuming.
+
+        Raises:
+            AdapterError: the state has other layers, families, ranks, alphas or shapes; nothing is changed
+                then.
+            NotFinite: a tensor holds NaN or infinity.
+        """
+        mine, theirs = set(self.deltas), set(state.layers)
+        if mine != theirs or state.tokens:
+            example = next(iter(sorted(mine ^ theirs) or sorted(state.tokens)))
+            raise AdapterError(
+                f"This state belongs to another adapter: {len(theirs - mine)} of its layers are not here, "
+                f"{len(mine - theirs)} of those here are not in it, it holds {len(state.tokens)} tokens; "
+                f"e.g. {example!r}."
+            )
+        for path, delta in self.deltas.items():
+            difference = delta.difference(state.layers[path])
+            if difference:
+                raise AdapterError(f"This state belongs to another adapter. {path!r}: {difference}.")
+        _check_finite(state)
+        for path, delta in self.deltas.items():
+            delta.load_state(state.layers[path])
+
+    @torch.no_grad()
+    def idle_layers(self) -> list[LayerPath]:
+        """The layers whose change is exactly zero: all of them before training, none after."""
+        layers = places(self._roots)
+        return [
+            path
+            for path, delta in self.deltas.items()
+            if not delta.weight_delta(layers[path].layer.weight).any()
+        ]
+
+    def touches(self, layers: Iterable[nn.Module]) -> bool:
+        """Whether the adapter is attached to one of these very layers."""
+        mine = {id(place.layer) for place in (self._places or {}).values()}
+        return any(id(layer) in mine for layer in layers)
+
+    def __len__(self) -> int:
+        """The number of layers."""
+        return len(self.deltas)
+
+    def __repr__(self) -> str:
+        families = ", ".join(sorted({delta.family for delta in self.deltas.values()}))
+        return (
+            f"<Adapter {self.name!r}: {families}, {len(self)} layers, {self.parameter_count:,} parameters, "
+            f"{'attached' if self.attached else 'not attached'}>"
+        )
+
+    def _here(self, verb: str) -> dict[LayerPath, Place]:
+        if self._places is None:
+            raise AdapterError(f"Adapter {self.name!r} is not in the model, so there is nothing to {verb}.")
+        return self._places
+
+
+def _detach(name: str, place: Place) -> None:
+    """Take the delta called `name` off a layer, and the wrapper with it when it was the last."""
+    holder = place.holder
+    if isinstance(holder, Adapted):
+        if name in holder:
+            holder.remove(name)
+        if not holder.strengths:
+            place.hang(place.layer)
+
+
+@contextmanager
+def _all_or_nothing() -> Iterator[ExitStack]:
+    """A stack of undo steps that run, last first, only if the block raises."""
+    with ExitStack() as undo:
+        yield undo
+        undo.pop_all()
+
+
+@contextmanager
+def naming(path: LayerPath) -> Iterator[None]:
+    """Put the layer's path before the text of an AdapterError."""
+    try:
+        yield
+    except AdapterError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def _check_finite(state: AdapterState) -> None:
+    bad = [
+        f"{path}.{name}"
+        for path, layer in state.layers.items()
+        for name, tensor in layer.tensors.items()
+        if not bool(torch.isfinite(tensor).all())
+    ]
+    if bad:
+        raise NotFinite(
+            f"{len(bad)} tensors hold NaN or infinity, first {bad[0]!r}. The model was not changed. "
+            "The adapter is broken: take an earlier checkpoint, or train again with a lower learning rate."
+        )

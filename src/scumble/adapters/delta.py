@@ -1,0 +1,206 @@
+"""Delta: a trainable change to one frozen layer, seen in two ways that must agree.
+
+Legend: W the base's weight, x the layer's input, y = base(x) its output, r the rank.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from scumble.adapters.operate import Layer, compute_dtype, operate
+from scumble.adapters.state import LayerState
+from scumble.errors import AdapterError
+from scumble.settings import Settings
+
+
+class DeltaSettings(Settings):
+    """What every family of adapters can be told."""
+
+    family: str
+    """The adapter family: a name in the registry."""
+    rank: int = Field(default=4, ge=1)
+    """Size of the change: more learns more, and makes a larger file. 4 to 32 are usual."""
+    alpha: float | None = Field(default=None, gt=0)
+    """The change is multiplied by alpha / rank. Empty: alpha is each layer's rank, the factor 1."""
+    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
+    """Another rank for some layers: pattern -> rank, e.g. { "*.attn2.*" = 8 }. The first that fits wins."""
+    alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Another alpha for some layers: pattern -> alpha. The first that fits wins."""
+
+
+class Delta(nn.Module, ABC):
+    """A trainable change to one frozen layer, seen in two ways that must agree.
+
+    `weight_delta` is the change to W: for merging, for files, for algebra between adapters.
+    `output_delta` is the change to y = base(x): for training and for mixing adapters.
+
+    Law: `output_delta(x, base(x), base) == operate(base, x, weight_delta(W))`, in eval mode (dropout off).
+
+    A family writes `shapes`, `reset` and `weight_delta`; with these it trains, merges, mixes and saves.
+    `output_delta` and `forward` are there to be written faster.
+
+    Parameters are never stored below fp32, whatever the base's dtype: in fp16 small updates would round away,
+    and gradient scaling refuses them. They are cast to the compute dtype (autocast's when it is on, else the
+    input's) when used. `module.to(torch.float16)` on the model moves them and leaves their dtype.
+    """
+
+    family: ClassVar[str]
+    """The family's name in the registry and in files."""
+    settings: ClassVar[type[DeltaSettings]]
+    """The family's settings section."""
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], *, rank: int, alpha: float, rank_stabilized: bool = False
+    ) -> None:
+        """`tensors` become the parameters, copied to fp32 (or kept when they are already fp32 or fp64)."""
+        super().__init__()
+        self.rank, self.alpha, self.rank_stabilized = rank, float(alpha), rank_stabilized
+        self.scale: float = LayerState(self.family, rank, self.alpha, {}, rank_stabilized).scale
+        """What the change is multiplied by: alpha / r, or alpha / sqrt(r) when rank-stabilized."""
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(_at_least_fp32(tensor)))
+
+    # What a family writes
+
+    @classmethod
+    @abstractmethod
+    def shapes(cls, base: Layer, rank: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each parameter, for this layer at this rank."""
+
+    @abstractmethod
+    def reset(self, generator: torch.Generator) -> None:
+        """Fill the parameters with their values before training, at which `weight_delta` is zero."""
+
+    @abstractmethod
+    def weight_delta(self, weight: Tensor) -> Tensor:
+        """The change to W: fp32 (or fp64), the shape of `weight`, scale included, strength not."""
+
+    # What a family may write faster
+
+    def output_delta(self, x: Tensor, y: Tensor, base: Layer) -> Tensor:
+        """The change to y = base(x), in y's shape; strength not included."""
+        return operate(base, x, self.weight_delta(base.weight).to(compute_dtype(x)))
+
+    def forward(self, x: Tensor, base: Layer, strength: float | Tensor = 1.0) -> Tensor:
+        """The changed layer: base(x) + strength * output_delta.
+
+        Args:
+            x: the layer's input.
+            base: the layer.
+            strength: a number, or one per sample as a tensor (B, 1, ..., 1) with as many dimensions as `x`.
+        """
+        y = base(x)
+        return y + (strength * self.output_delta(x, y, base)).to(y.dtype)
+
+    # What every family has
+
+    @classmethod
+    def fresh(
+        cls, base: Layer, settings: DeltaSettings, *, rank: int, alpha: float, generator: torch.Generator
+    ) -> Self:
+        """An untrained delta for `base`, on its device, with requires_grad True."""
+        delta = cls._empty(base, rank=rank, alpha=alpha, **cls.options(settings))
+        with torch.no_grad():
+            delta.reset(generator)
+        return delta.to(base.weight.device)
+
+    @classmethod
+    def from_state(cls, base: Layer, state: LayerState) -> Self:
+        """The delta that `state` describes, on the device of `base`. The tensors are copied.
+
+        Raises:
+            AdapterError: the tensors are not those of this family, or don't fit the layer.
+        """
+        cls._expect(base, state)
+        tensors = {name: tensor.to(base.weight.device, copy=True) for name, tensor in state.tensors.items()}
+        return cls(tensors, rank=state.rank, alpha=state.alpha, rank_stabilized=state.rank_stabilized)
+
+    def state(self) -> LayerState:
+        """This change as plain data: a copy on the CPU, in the parameters' dtype; `from_state` inverts it."""
+        tensors = {
+            name: parameter.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, parameter in self.named_parameters()
+        }
+        return LayerState(self.family, self.rank, self.alpha, tensors, self.rank_stabilized)
+
+    def difference(self, state: LayerState) -> str | None:
+        """Why `load_state` would refuse `state`, in words; None when it would not."""
+        mine: tuple[Any, ...] = (self.family, self.rank, self.alpha, self.rank_stabilized)
+        theirs = (state.family, state.rank, state.alpha, state.rank_stabilized)
+        words = ("family", "rank", "alpha", "rank_stabilized")
+        said = [f"{w} {a} here, {b} there" for w, a, b in zip(words, mine, theirs, strict=True) if a != b]
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
+        given = {name: tuple(tensor.shape) for name, tensor in state.tensors.items()}
+        if not said and shapes != given:
+            said.append(f"tensors {shapes} here, {given} there")
+        return "; ".join(said) or None
+
+    @torch.no_grad()
+    def load_state(self, state: LayerState) -> None:
+        """Take the values of `state` in place: optimizers keep their parameters.
+
+        Raises:
+            AdapterError: family, rank, alpha or shapes differ; nothing is changed then.
+        """
+        difference = self.difference(state)
+        if difference:
+            raise AdapterError(f"This state belongs to another adapter: {difference}.")
+        for name, parameter in self.named_parameters():
+            parameter.copy_(state.tensors[name])
+
+    @classmethod
+    def options(cls, settings: DeltaSettings) -> dict[str, Any]:
+        """The settings that this family's constructor takes, besides rank and alpha."""
+        return {}
+
+    @classmethod
+    def _empty(cls, base: Layer, *, rank: int, alpha: float, **options: Any) -> Self:
+        shapes = cls.shapes(base, rank)
+        return cls(
+            {name: torch.empty(shape, device="cpu") for name, shape in shapes.items()},
+            rank=rank,
+            alpha=alpha,
+            **options,
+        )
+
+    @classmethod
+    def _expect(cls, base: Layer, state: LayerState) -> None:
+        expected = cls.shapes(base, state.rank)
+        given = {name: tuple(tensor.shape) for name, tensor in state.tensors.items()}
+        if expected != given:
+            raise AdapterError(
+                f"The {cls.family} tensors {_shapes(given)} don't fit a layer that takes "
+                f"{_shapes(expected)} at rank {state.rank}. The adapter was made for another base model."
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `pipeline.to(torch.float16)` reaches every parameter of the model: it may move these, never round.
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrower = moved.is_floating_point() and moved.dtype.itemsize < torch.float32.itemsize
+            return tensor.to(moved.device) if narrower else moved
+
+        return super()._apply(move, recurse)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"rank={self.rank}, alpha={self.alpha:g}" + (
+            ", rank_stabilized" if self.rank_stabilized else ""
+        )
+
+
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return (
+        ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in sorted(shapes.items())) or "none"
+    )

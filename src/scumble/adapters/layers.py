@@ -1,0 +1,101 @@
+"""Layers: which layers a model has that an adapter can change, under which path, and where they hang.
+
+All of it is seen through `Adapted` wrappers, `torch.compile` and DistributedDataParallel: a path is the same
+whether or not the model is wrapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from scumble.adapters.adapted import Adapted
+from scumble.adapters.operate import Layer, is_layer
+from scumble.adapters.state import LayerPath
+
+_COMPILED = "_orig_mod"
+"""The attribute in which `torch.compile` keeps the module that it wraps."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer, and every attribute of the model that holds it.
+
+    There is more than one when a library keeps the layer under two names; a wrapper must then go to all of
+    them, or part of the model would go on without it.
+    """
+
+    layer: Layer
+    slots: tuple[tuple[nn.Module, str], ...]
+    """(parent module, attribute name)"""
+
+    @property
+    def holder(self) -> nn.Module:
+        """What hangs there now: the layer itself, or the Adapted around it."""
+        parent, name = self.slots[0]
+        return cast(nn.Module, parent._modules[name])
+
+    def hang(self, module: nn.Module) -> None:
+        """Put `module` in every slot."""
+        for parent, name in self.slots:
+            setattr(parent, name, module)
+
+
+def places(roots: Mapping[str, nn.Module]) -> dict[LayerPath, Place]:
+    """Every layer below the roots, in the model's own order: path -> Place."""
+    slots: dict[int, list[tuple[nn.Module, str]]] = {}
+    paths: dict[int, tuple[LayerPath, Layer]] = {}
+    for root, module in roots.items():
+        for path, parent, name, layer in _walk(module, root, set()):
+            slots.setdefault(id(layer), []).append((parent, name))
+            paths.setdefault(id(layer), (path, layer))
+    return {path: Place(layer, tuple(slots[key])) for key, (path, layer) in paths.items()}
+
+
+def layers_of(roots: Mapping[str, nn.Module]) -> dict[LayerPath, Layer]:
+    """Every linear and convolution layer of the model, without wrappers, in the model's own order.
+
+    Args:
+        roots: name -> module, e.g. `{"unet": unet, "text_encoder": text_encoder}`.
+
+    Returns:
+        Path -> layer, e.g. "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q". A layer that
+        hangs under two names is listed once, under the first.
+    """
+    return {path: place.layer for path, place in places(roots).items()}
+
+
+def base_state(root: nn.Module) -> dict[str, Tensor]:
+    """The root's `state_dict()` without adapters: the same names and tensors, no deltas, no wrappers."""
+    state = dict(root.state_dict())
+    for name, module in root.named_modules(remove_duplicate=False):
+        if isinstance(module, Adapted):
+            for key in [key for key in state if key.startswith(f"{name}.deltas.")]:
+                del state[key]
+            for key in [key for key in state if key.startswith(f"{name}.base.")]:
+                state[name + key.removeprefix(f"{name}.base")] = state.pop(key)
+    return {
+        ".".join(part for part in key.split(".") if part != _COMPILED): value for key, value in state.items()
+    }
+
+
+def _walk(
+    module: nn.Module, path: LayerPath, seen: set[int]
+) -> Iterator[tuple[LayerPath, nn.Module, str, Layer]]:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        layer = child.base if isinstance(child, Adapted) else child
+        transparent = name == _COMPILED or isinstance(module, DistributedDataParallel)
+        below = path if transparent else f"{path}.{name}"
+        if is_layer(layer):
+            yield below, module, name, cast(Layer, layer)
+        else:
+            yield from _walk(child, below, seen)

@@ -1,0 +1,61 @@
+"""operate: a layer's own operation, done with another weight.
+
+It is the ground on which a weight change and an output change can be compared: both go through the layer's
+stride, padding, dilation and groups.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+Layer: TypeAlias = nn.Linear | nn.Conv2d
+"""What an adapter can change."""
+
+
+def is_layer(module: object) -> bool:
+    """Whether an adapter can change this module.
+
+    The output projection of `nn.MultiheadAttention` cannot be changed: torch reads its weight and never calls
+    it, so a change would be lost in silence.
+    """
+    return isinstance(module, nn.Linear | nn.Conv2d) and not isinstance(
+        module, NonDynamicallyQuantizableLinear
+    )
+
+
+def operate(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
+    """`layer` applied to `x` with `weight` in place of its own, and without bias.
+
+    Args:
+        layer: gives stride, padding, padding mode, dilation and groups.
+        x: (..., in) for a linear layer, (B, C, H, W) or (C, H, W) for a convolution.
+        weight: (o, in), or (o, in / groups, kh, kw) with o a multiple of `layer.groups`. o and the kernel may
+            differ from the layer's own.
+
+    Returns:
+        (..., o), or (B, o, h, w).
+    """
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight)
+    padding: int | str | tuple[int, ...] = layer.padding
+    if layer.padding_mode != "zeros":
+        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+        padding = 0
+    return F.conv2d(x, weight, None, layer.stride, padding, layer.dilation, layer.groups)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which torch would multiply by a matrix here: autocast's when it is on, else `x`'s."""
+    device = x.device.type
+    if (
+        x.dtype != torch.float64  # autocast leaves float64 alone
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+    ):
+        return torch.get_autocast_dtype(device)
+    return x.dtype

@@ -1,0 +1,100 @@
+"""AdapterState: an adapter as plain data, between the model it came from and the file it goes to.
+
+Legend: r rank, s scale. A layer path is `"<root>.<module path>"`, with the module names of the live model:
+`"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"`. How a file spells it is the codec's affair.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+LayerPath: TypeAlias = str
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """The change to one layer.
+
+    `tensors` carry the family's own names. For `lora`: `down` (r, in) or (r, in, k, k), `up` (out, r) or
+    (out, r, 1, 1), so that `weight_delta = scale * up @ down`.
+    """
+
+    family: str
+    rank: int
+    alpha: float
+    tensors: Mapping[str, Tensor]
+    rank_stabilized: bool = False
+    """rsLoRA (Kalajdzievski, 2023): s = alpha / sqrt(r) instead of alpha / r."""
+
+    @property
+    def scale(self) -> float:
+        """s: what the product of the factors is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+
+@dataclass(frozen=True)
+class TokenState:
+    """Learned embedding rows of one placeholder token: text encoder name -> (vectors, dim)."""
+
+    vectors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What an adapter says of itself. Empty strings mean "not said"."""
+
+    base_name: str = ""
+    """Where the base came from: a Hub id, a path, or "picturebook"."""
+    base_fingerprint: str = ""
+    """sha256 over the base's denoiser weights (see `models.family.BaseModel.fingerprint`)."""
+    base_family: str = ""
+    """"sd1", "sd2", ..."""
+    prediction_type: str = ""
+    """"epsilon", "v_prediction" or "flow"."""
+    dataset_fingerprint: str = ""
+    """sha256 over the pictures and captions that it was trained on."""
+    settings: str = ""
+    """The whole run configuration as JSON."""
+    version: str = ""
+    """scumble's version that wrote it."""
+    extra: Mapping[str, str] = field(default_factory=dict)
+    """Every other header entry of the file it was read from, unchanged."""
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """An adapter as data: changes per layer, learned tokens, and what it says of itself.
+
+    Law: `Adapter.load(model, adapter.state())` gives the same outputs as `adapter`.
+    """
+
+    layers: Mapping[LayerPath, LayerState]
+    tokens: Mapping[str, TokenState] = field(default_factory=dict)
+    metadata: Metadata = field(default_factory=Metadata)
+
+    def equal(self, other: AdapterState) -> bool:
+        """Bit-equality of everything but the metadata's `extra`."""
+        if self.layers.keys() != other.layers.keys() or self.tokens.keys() != other.tokens.keys():
+            return False
+        for path, mine in self.layers.items():
+            theirs = other.layers[path]
+            if (mine.family, mine.rank, mine.alpha, mine.rank_stabilized) != (
+                theirs.family,
+                theirs.rank,
+                theirs.alpha,
+                theirs.rank_stabilized,
+            ) or not _same_tensors(mine.tensors, theirs.tensors):
+                return False
+        return all(_same_tensors(t.vectors, other.tokens[n].vectors) for n, t in self.tokens.items())
+
+
+def _same_tensors(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    return mine.keys() == theirs.keys() and all(
+        t.dtype == theirs[n].dtype and torch.equal(t, theirs[n]) for n, t in mine.items()
+    )

@@ -1,0 +1,52 @@
+"""Base models: the only room that diffusers and transformers enter.
+
+Importing this package imports neither torch nor diffusers; its names load when they are touched (PEP 562).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from scumble.registry import Registry
+
+if TYPE_CHECKING:
+    from scumble.models.configs import BaseFacts as BaseFacts
+    from scumble.models.family import BaseModel as BaseModel
+    from scumble.models.family import Conditioning as Conditioning
+    from scumble.models.family import Family
+    from scumble.models.family import Frame as Frame
+    from scumble.models.loading import describe_base as describe_base
+    from scumble.models.loading import load_base as load_base
+    from scumble.models.precision import check_precision as check_precision
+    from scumble.models.prediction import Prediction as Prediction
+
+FAMILIES: Registry[Family] = Registry(
+    "base family",
+    {
+        "sd1": "scumble.models.sd1:SD1",
+        "sd2": "scumble.models.sd2:SD2",
+    },
+)
+"""Base families by name: each one file in this folder and one line here."""
+
+_PUBLIC = {
+    "BaseFacts": "scumble.models.configs",
+    "BaseModel": "scumble.models.family",
+    "Conditioning": "scumble.models.family",
+    "Frame": "scumble.models.family",
+    "Prediction": "scumble.models.prediction",
+    "check_precision": "scumble.models.precision",
+    "describe_base": "scumble.models.loading",
+    "load_base": "scumble.models.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

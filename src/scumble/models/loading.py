@@ -1,0 +1,431 @@
+"""Loading: a Hub id, a diffusers folder or a single checkpoint -> a BaseModel of the family it belongs to.
+
+Nobody is asked for the architecture: it is found in the configs. A path on this machine never touches the
+network, and nothing here opens a pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from scumble.errors import ModelError, did_you_mean
+from scumble.models import FAMILIES, hub
+from scumble.models.configs import WEIGHTLESS, BaseFacts, Configs, architecture, read_folder
+from scumble.models.family import BaseModel, Components, Frame, fingerprint
+from scumble.models.precision import PRECISIONS, check_precision, find_device
+from scumble.models.single_file import default_side, read_checkpoint, write_configs
+from scumble.rng import Streams
+
+PICTUREBOOK = "picturebook"
+"""The source that means the base inside this package."""
+
+CACHED_TOKENIZERS: tuple[tuple[str, str], ...] = (
+    ("openai/clip-vit-large-patch14", ""),
+    ("stable-diffusion-v1-5/stable-diffusion-v1-5", "tokenizer/"),
+    ("CompVis/stable-diffusion-v1-4", "tokenizer/"),
+    ("stabilityai/stable-diffusion-2-1", "tokenizer/"),
+    ("stabilityai/stable-diffusion-2", "tokenizer/"),
+)
+"""(Hub id, folder) where the vocabulary that SD 1 and SD 2 share may lie in the local Hub cache already."""
+
+
+def describe_base(
+    source: str | Path, *, revision: str | None = None, variant: str | None = None
+) -> BaseFacts:
+    """The facts of a base, from config files and headers alone: no weights, and no network for what is on
+    this machine.
+
+    A base that can't be loaded is described too: `facts.problems` says why. `source` and the rest: as
+    `load_base`.
+
+    Raises:
+        ModelError: there is no such base, or the path holds something else.
+    """
+    return _describe(_find(source, revision, variant).configs)
+
+
+def load_tokenizers(source: str | Path, *, revision: str | None = None) -> tuple[Any, ...]:
+    """The tokenizers of a base, without its weights; none for a single checkpoint, which holds no vocabulary.
+
+    Raises:
+        ModelError: there is no such base, or a vocabulary can't be read.
+    """
+    found = _find(source, revision, None)
+    if found.folder is None:
+        return ()
+    names = [part for part in found.configs.parts if part.startswith("tokenizer")]
+    with _quiet():
+        return tuple(_read_tokenizer(found.folder / part, found.configs.name) for part in names)
+
+
+def load_base(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    tokenizer: str | Path | None = None,
+    prediction: str | None = None,
+) -> BaseModel:
+    """A frozen base, ready to train on and to draw with.
+
+    Args:
+        source: "picturebook" (the base inside this package), a Hub id "owner/name", a folder in diffusers'
+            layout, or a single .safetensors checkpoint. "./owner/name" is a folder called like a Hub id.
+        dtype: of UNet and text encoder: fp32 (None), fp16 or bf16. fp16 on a CPU is for storing, not for
+            computing.
+        device: None takes the first GPU that torch sees, else the CPU.
+        revision: branch, tag or commit of a Hub id.
+        variant: the middle word of the weight files, e.g. "fp16".
+        tokenizer: a folder with the CLIP vocabulary, for a single checkpoint (which holds none).
+        prediction: "epsilon" or "v_prediction", for a base whose scheduler says it wrong. None believes the
+            scheduler.
+
+    Raises:
+        ModelError: there is no such base, its parts don't belong together, or it is of a family that this
+            release doesn't train; one message, with the next step.
+        PrecisionError: the GPU can't compute in `dtype`; raised before anything is loaded.
+    """
+    where = find_device(device)
+    dtype = torch.float32 if dtype is None else dtype
+    if where.type != "cpu" or dtype not in PRECISIONS.values():
+        check_precision(dtype, where)
+    found = _find(source, revision, variant)
+    facts = _describe(found.configs)
+    if facts.problems:
+        raise ModelError("\n".join(facts.problems))
+    parts = found.load(dtype, tokenizer)
+    parts = dataclasses.replace(parts, notes=(*facts.notes, *parts.notes))
+    family = FAMILIES.get(facts.family)
+    if prediction is not None and prediction != facts.prediction:
+        said = facts.prediction or "nothing"
+        parts = _predicting(
+            parts, prediction, f"Taken to predict {prediction}, as asked; its configs say {said}."
+        )
+    elif found.configs.probe:
+        storing_only = dtype == torch.float16 and where.type == "cpu"
+        probed = family.load(parts, dtype=torch.float32 if storing_only else dtype, device=where)
+        parts = _predicting(parts, *probe_prediction(probed))
+    if found.configs.probe:  # a checkpoint says its size as little as its prediction
+        unet: Any = parts.modules["unet"]
+        unet.register_to_config(sample_size=default_side(unet.config, parts.scheduler.config.prediction_type))
+    return family.load(parts, dtype=dtype, device=where)
+
+
+def _predicting(parts: Components, kind: str, note: str) -> Components:
+    scheduler = type(parts.scheduler).from_config(parts.scheduler.config, prediction_type=kind)
+    return dataclasses.replace(parts, scheduler=scheduler, notes=(*parts.notes, note))
+
+
+def probe_prediction(base: BaseModel) -> tuple[str, str]:
+    """("epsilon" or "v_prediction", how it was told): asks the weights, for checkpoints that don't say it.
+
+    At the highest noise level the latents are the noise itself, so a denoiser of epsilon answers with what it
+    was given (correlation near 1), and one of velocity with minus the picture that it imagines (near 0).
+    """
+    side = 32 // 2 ** max(0, len(base.denoiser.config["block_out_channels"]) - 4)  # type: ignore[index]
+    noise = Streams(0).normal("probe", [0], (base.latent_channels, side, side))
+    last = base.prediction.from_uniform(torch.ones(1))
+    with torch.no_grad():
+        answer = base.denoise(noise, last, base.encode_prompts([""]), Frame.plain(1, side, side))
+    both = torch.stack([noise.flatten(), answer.cpu().flatten()])
+    correlation = float(torch.corrcoef(both)[0, 1])
+    kind = "epsilon" if correlation > 0.5 else "v_prediction"
+    return kind, (
+        "The checkpoint does not say what it predicts. Given pure noise, its answer correlates "
+        f"{correlation:.2f} with that noise: {kind}."
+    )
+
+
+def _describe(configs: Configs) -> BaseFacts:
+    claimed = [name for name in FAMILIES if FAMILIES.get(name).recognises(configs)]
+    if len(claimed) > 1:
+        raise ModelError(
+            f"{configs.name} is claimed by {len(claimed)} families: {', '.join(claimed)}. "
+            "A plug-in's `recognises` is too wide: uninstall it, or tell its author."
+        )
+    if claimed:
+        return FAMILIES.get(claimed[0]).describe(configs)
+    title = architecture(configs)
+    refusal = f"{configs.name} is {title}; this release trains {', '.join(FAMILIES.names())}."
+    return BaseFacts(configs.name, "", title, "", problems=(refusal,), weights_dtype=configs.weights_dtype)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A base that is there: what its configs say, and how its weights are had."""
+
+    configs: Configs
+    load: Callable[[torch.dtype, str | Path | None], Components]
+    """(dtype, tokenizer folder) -> its parts"""
+    folder: Path | None = None
+    """Where its configs and vocabularies lie; None for a single checkpoint."""
+
+
+def _find(source: str | Path, revision: str | None, variant: str | None) -> _Found:
+    text = str(source)
+    if text == PICTUREBOOK:
+        from scumble import picturebook
+
+        _no_effect(text, "it is inside this package", revision=revision, variant=variant)
+        return _found_folder(Path(picturebook.path()), text, None)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        _no_effect(text, "it is a folder on this machine", revision=revision)
+        return _found_folder(path, text, variant)
+    if path.is_file():
+        _no_effect(text, "it is a file on this machine", revision=revision, variant=variant)
+        configs = read_checkpoint(path, text)
+        return _Found(configs, lambda dtype, words: _load_file(path, configs, dtype, words))
+    if isinstance(source, Path) or _looks_local(text):
+        raise ModelError(_no_such_path(path, text))
+    if not hub.is_hub_id(text):
+        raise ModelError(
+            f"There is no base {text!r}.{did_you_mean(text, [PICTUREBOOK])} A base is {PICTUREBOOK!r}, a "
+            f"Hub id "
+            '("owner/name"), a folder in diffusers\' layout, or a .safetensors checkpoint.'
+        )
+    configs_at = hub.download_configs(text, revision)
+    configs = read_folder(configs_at, text, variant, weights=False)
+
+    def load(dtype: torch.dtype, words: str | Path | None) -> Components:
+        folder = hub.download_weights(text, revision, variant, configs)
+        found = _found_folder(folder, text, variant)
+        facts = _describe(found.configs)
+        if facts.problems:  # the repository has no .safetensors of this variant, or the cache is not complete
+            raise ModelError("\n".join(facts.problems))
+        return found.load(dtype, words)
+
+    return _Found(configs, load, configs_at)
+
+
+def _found_folder(folder: Path, name: str, variant: str | None) -> _Found:
+    configs = read_folder(folder, name, variant)
+    return _Found(configs, lambda dtype, words: _load_folder(folder, configs, dtype, variant, words), folder)
+
+
+def _no_effect(name: str, because: str, **given: str | None) -> None:
+    for option, value in given.items():
+        if value is not None:
+            raise ModelError(f"{option} {value!r} has no effect on {name}: {because}. Leave {option} out.")
+
+
+def _looks_local(text: str) -> bool:
+    parent = Path(text).parent
+    return (
+        text.startswith((".", "/", "~"))
+        or "\\" in text
+        or text.count("/") > 1
+        or text.endswith((".safetensors", ".ckpt", ".pt", ".bin"))
+        or (parent != Path(".") and parent.is_dir())
+    )
+
+
+def _no_such_path(path: Path, text: str) -> str:
+    parent = path.parent
+    while not parent.is_dir():
+        parent = parent.parent
+    missing = path.relative_to(parent).parts[0] if parent != Path(".") else path.parts[0]
+    here = sorted(entry.name for entry in parent.iterdir())
+    told = f"There is no file or folder {text}: {parent.resolve()} has no {missing!r}."
+    told += did_you_mean(missing, here)
+    if hub.is_hub_id(text) and parent != Path(".") and not path.suffix:
+        return f"{told} If a Hub id is meant: the folder {parent} here hides it; run this in another folder."
+    return told
+
+
+def _load_folder(
+    folder: Path, configs: Configs, dtype: torch.dtype, variant: str | None, words: str | Path | None
+) -> Components:
+    if words is not None:
+        _no_effect(configs.name, "it has its own", tokenizer=str(words))
+    modules: dict[str, nn.Module] = {}
+    tokenizers: dict[str, Any] = {}
+    notes: list[str] = []
+    scheduler: Any = None
+    mark = ""
+    with _quiet():
+        for part, config in configs.parts.items():
+            if part.startswith("tokenizer"):
+                tokenizers[part] = _read_tokenizer(folder / part, configs.name)
+                continue
+            cls = _class(str(config["_class_name"]), configs.name)
+            if part.startswith("scheduler"):
+                scheduler = cls.from_config(dict(config))
+            elif not part.startswith(WEIGHTLESS):
+                modules[part], unused = _load_part(
+                    cls, folder / part, _load_dtype(part, dtype), variant, configs.name
+                )
+                notes.extend(unused)
+                if part in ("unet", "transformer"):
+                    mark = _mark(modules[part], dtype)
+    return Components(configs.name, modules, tokenizers, scheduler, mark, tuple(notes))
+
+
+def _load_dtype(part: str, dtype: torch.dtype) -> torch.dtype:
+    # bf16 is rounded after the fingerprint is taken; the VAE computes in fp32 on a CPU, so that it is not
+    # rounded first
+    return torch.float32 if dtype == torch.bfloat16 or part.startswith("vae") else dtype
+
+
+def _mark(denoiser: nn.Module, dtype: torch.dtype) -> str:
+    """The fingerprint, where `dtype` keeps less of a weight than the fp16 that it is made of. Rounds to
+    `dtype`."""
+    if dtype != torch.bfloat16:
+        return ""
+    mark = fingerprint(denoiser.state_dict())
+    nn.Module.to(denoiser, dtype)
+    return mark
+
+
+def _class(name: str, base: str) -> Any:
+    import diffusers
+    import transformers
+
+    found = getattr(diffusers, name, None) or getattr(transformers, name, None)
+    if found is None:
+        raise ModelError(
+            f"{base} has a component of class {name!r}, which diffusers {diffusers.__version__} and "
+            f"transformers {transformers.__version__} don't have. Upgrade them, or check model_index.json."
+        )
+    return found
+
+
+def _load_part(
+    cls: Any, folder: Path, dtype: torch.dtype, variant: str | None, base: str
+) -> tuple[nn.Module, list[str]]:
+    import diffusers
+
+    typed = {"torch_dtype" if issubclass(cls, diffusers.ModelMixin) else "dtype": dtype}
+    try:
+        model, report = cls.from_pretrained(
+            str(folder),
+            variant=variant,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **typed,
+        )
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(f"{base}: {folder.name} can't be loaded as {cls.__name__}: {error}") from error
+    for lack in ("missing_keys", "mismatched_keys"):
+        if report.get(lack):
+            some = sorted(map(str, report[lack]))
+            raise ModelError(
+                f"{base}: {len(some)} tensors of {folder.name} are {lack.removesuffix('_keys')} in its "
+                f"file, e.g. {some[0]}. Config and weights don't belong together; download the base again."
+            )
+    unused = sorted(map(str, report.get("unexpected_keys") or ()))
+    told = (
+        [f"{len(unused)} tensors in the file of {folder.name} have no place in it, e.g. {unused[0]}."]
+        if unused
+        else []
+    )
+    return model, told
+
+
+def _read_tokenizer(folder: Path, base: str) -> Any:
+    from transformers import CLIPTokenizer
+
+    try:
+        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"The tokenizer of {base} can't be read from {folder}: {error}") from error
+
+
+def _load_file(path: Path, configs: Configs, dtype: torch.dtype, words: str | Path | None) -> Components:
+    import diffusers
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+    tokenizer = _find_tokenizer(path, configs, words)
+    padding = configs.parts["tokenizer"].get("pad_token")
+    if padding is not None:
+        tokenizer.pad_token = padding
+    scheduler_config = dict(configs.parts["scheduler"])
+    scheduler = _class(scheduler_config["_class_name"], configs.name).from_config(scheduler_config)
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        write_configs(configs, Path(folder))
+        try:
+            pipeline = diffusers.StableDiffusionPipeline.from_single_file(
+                str(path),
+                config=folder,
+                tokenizer=tokenizer,
+                scheduler=scheduler,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+                local_files_only=True,
+            )
+        except NotImplementedError as error:  # torch, of a tensor that was never filled
+            raise ModelError(
+                f"{configs.name} lacks tensors of its UNet, VAE or text encoder: it is not a whole "
+                f"checkpoint. Download it again."
+            ) from error
+        except (OSError, RuntimeError, ValueError, KeyError, SingleFileComponentError) as error:
+            raise ModelError(
+                f"{configs.name} can't be loaded by diffusers' single-file loader: {error}"
+            ) from error
+    modules = {part: getattr(pipeline, part) for part in ("unet", "vae", "text_encoder")}
+    lack = [f"{part}.{n}" for part, m in modules.items() for n, p in m.named_parameters() if p.is_meta]
+    if lack:
+        raise ModelError(
+            f"{configs.name} lacks {len(lack)} tensors, e.g. {lack[0]}. The file is not a whole checkpoint; "
+            f"download it again."
+        )
+    # weights come as they are stored, and are rounded to `dtype` after the fingerprint is taken
+    return Components(
+        configs.name, modules, {"tokenizer": tokenizer}, scheduler, _mark(modules["unet"], dtype)
+    )
+
+
+def _find_tokenizer(path: Path, configs: Configs, words: str | Path | None) -> Any:
+    """The CLIP vocabulary for a checkpoint: the one given, one beside the file, or one in the local Hub
+    cache."""
+    if words is not None:
+        folder = Path(words).expanduser()
+        if not folder.is_dir():
+            raise ModelError(f"There is no tokenizer folder {folder}.")
+        return _read_tokenizer(folder, configs.name)
+    beside = path.parent / "tokenizer"
+    if beside.is_dir():
+        return _read_tokenizer(beside, configs.name)
+    for repo, prefix in CACHED_TOKENIZERS:
+        vocabulary, merges = (
+            hub.cached_file(repo, f"{prefix}{file}") for file in ("vocab.json", "merges.txt")
+        )
+        if vocabulary is not None and merges is not None:
+            return _read_tokenizer(vocabulary.parent, configs.name)
+    raise ModelError(
+        f"{configs.name} is a single checkpoint: it holds no tokenizer, and none is on this machine. Put "
+        f"the files vocab.json and merges.txt of CLIP into {beside}, or pass tokenizer=FOLDER, or run once, "
+        "with a network, `hf download openai/clip-vit-large-patch14 vocab.json merges.txt "
+        "tokenizer_config.json special_tokens_map.json` (1.5 MB)."
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The libraries' progress bars off, and as they were afterwards."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    switches = [
+        library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()
+    ]
+    for library in switches:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in switches:
+            library.enable_progress_bar()

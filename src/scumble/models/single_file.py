@@ -1,0 +1,285 @@
+"""Single checkpoints: the diffusers configs that the tensors of one .safetensors file imply.
+
+Such a file (CompVis' names: "model.diffusion_model.", "first_stage_model.", "cond_stage_model.") holds
+weights and no configs. diffusers' loader would fetch the configs of a well-known base from the Hub; here they
+are told from the shapes, so that a local file needs no network and a base of unusual size loads too. Weights
+are read by diffusers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from scumble.errors import ModelError
+from scumble.models.configs import Configs, Header, read_header
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
+
+SIGNS = (
+    ("conditioner.embedders.", "StableDiffusionXLPipeline"),
+    ("joint_blocks.0.", "StableDiffusion3Pipeline"),
+    ("double_stream_modulation_img.", "Flux2Pipeline"),
+    ("double_blocks.0.", "FluxPipeline"),
+)
+"""Beginning of a tensor's name (after "model.diffusion_model.", where it has that) -> the pipeline it belongs
+to."""
+
+ADAPTER_SIGNS = (
+    "lora_up",
+    "lora_down",
+    "lora_A",
+    "lora_B",
+    "lora.up",
+    "lora.down",
+    "hada_w1",
+    "lokr_w",
+    "_lora.",
+)
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def read_checkpoint(path: Path, name: str) -> Configs:
+    """The configs of a single-file checkpoint, from its header alone.
+
+    Raises:
+        ModelError: the file is no checkpoint of a base (says what it is instead, where that can be told).
+    """
+    if path.suffix != ".safetensors":
+        raise ModelError(
+            f"{name} is not a .safetensors file. Pickles (.ckpt, .pt, .bin) are never opened here: they "
+            f"could run code. Convert it to .safetensors first."
+        )
+    header = read_header(path)
+    shapes = header.shapes
+    bare = {key.removeprefix(UNET): key for key in shapes}
+    for sign, pipeline in SIGNS:
+        if any(key.startswith(sign) for key in bare):
+            return Configs(name, pipeline, {}, weights_dtype=header.dtype)
+    if not any(key.startswith(UNET) for key in shapes):
+        raise ModelError(f"{name} is not a checkpoint of a base model. {_what_file(shapes)}")
+    has_vae = any(key.startswith(VAE) for key in shapes)
+    try:
+        unet, vae, text = unet_config(shapes), vae_config(shapes) if has_vae else {}, text_config(shapes)
+    except (KeyError, IndexError) as error:
+        raise ModelError(
+            f"{name} is not laid out as Stable Diffusion's checkpoints are: {error} is not where it belongs. "
+            "If diffusers can load it, save it as a folder with save_pretrained and name that folder."
+        ) from error
+    stated, notes = _stated(header)
+    missing = [] if has_vae else [f"the VAE ({VAE}...) in the file"]
+    parts: dict[str, Mapping[str, Any]] = {
+        "unet": unet,
+        "vae": vae,
+        # OpenCLIP fills a prompt up with token 0, which is "!"; CLIP with its end token, the tokenizer's own
+        # default
+        "tokenizer": {
+            "_class_name": "CLIPTokenizer",
+            "pad_token": "!" if f"{OPEN_CLIP}positional_embedding" in shapes else None,
+        },
+        "scheduler": scheduler_config(stated, zero_snr="ztsnr" in shapes),
+    }
+    if text is None:
+        missing.append(f"the text encoder ({CLIP}... or {OPEN_CLIP}...) in the file")
+    parts["text_encoder"] = text or {"_class_name": "CLIPTextModel"}
+    if sum(key.startswith("model_ema.") for key in shapes) > 100:
+        notes.append(
+            "The checkpoint holds averaged weights (model_ema.) as well; the plain ones are used, as usual."
+        )
+    unet["sample_size"] = default_side(unet, stated)
+    count = {
+        part: sum(math.prod(shape) for key, shape in shapes.items() if key.startswith(beginning))
+        for part, beginning in (("unet", UNET), ("vae", VAE), ("text_encoder", "cond_stage_model."))
+    }
+    return Configs(
+        name,
+        "StableDiffusionPipeline",
+        parts,
+        tuple(missing),
+        tuple(notes),
+        count,
+        header.dtype,
+        probe=stated is None,
+    )
+
+
+def _what_file(shapes: Shapes) -> str:
+    if any(sign in key for key in shapes for sign in ADAPTER_SIGNS):
+        return "It is an adapter: name its base here, and the adapter where adapters go."
+    if any(key.startswith(("down_blocks.", "encoder.", "text_model.", "decoder.")) for key in shapes):
+        return (
+            "It is one component of a base in diffusers' layout: name the folder that holds model_index.json."
+        )
+    return f"Its {len(shapes)} tensors are called {', '.join(sorted(shapes)[:3])}, ..."
+
+
+def _stated(header: Header) -> tuple[str | None, list[str]]:
+    """(the prediction type that the file states, notes)."""
+    words = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+    said = header.metadata.get("modelspec.prediction_type", "").lower()
+    if said in words:
+        return words[said], [f"The file's header says that it predicts {said} (modelspec.prediction_type)."]
+    if "v_pred" in header.tensors:
+        return "v_prediction", ['The file holds the mark "v_pred": it predicts velocity.']
+    return None, []
+
+
+def unet_config(shapes: Shapes) -> dict[str, Any]:
+    """diffusers' config of the UNet under "model.diffusion_model.".
+
+    Raises:
+        KeyError: a tensor of Stable Diffusion's UNet is not there.
+    """
+    s = {key.removeprefix(UNET): shape for key, shape in shapes.items() if key.startswith(UNET)}
+    levels: list[list[int]] = [[]]
+    """Output channels of the residual blocks of each level."""
+    attended: dict[int, int] = {}
+    """Level -> index of an input block with a transformer."""
+    for index in range(1, _count(s, r"input_blocks\.(\d+)\.")):
+        if f"input_blocks.{index}.0.op.weight" in s:
+            levels.append([])
+            continue
+        levels[-1].append(s[f"input_blocks.{index}.0.out_layers.3.weight"][0])
+        if f"input_blocks.{index}.1.proj_in.weight" in s:
+            attended[len(levels) - 1] = index
+    channels = [level[-1] for level in levels]
+    projection = s["middle_block.1.proj_in.weight"]
+    linear = len(projection) == 2
+    # SD 1 has 8 heads on every level, SD 2 heads of 64 channels; shapes don't tell, the two published configs
+    # do
+    heads: Any = [count // 64 for count in channels] if linear else 8
+    if linear and any(count % 64 for count in channels):
+        raise KeyError(f"a multiple of 64 in the channels {channels}")
+    depth = _count(s, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
+    crossing = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+    plain = "DownBlock2D", "UpBlock2D"
+    kinds = [crossing if level in attended else plain for level in range(len(levels))]
+    config = {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 64,
+        "in_channels": s["input_blocks.0.0.weight"][1],
+        "out_channels": s["out.2.weight"][0],
+        "block_out_channels": channels,
+        "layers_per_block": len(levels[0]),
+        "down_block_types": [down for down, _ in kinds],
+        "up_block_types": [up for _, up in reversed(kinds)],
+        "cross_attention_dim": s["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
+        "attention_head_dim": heads,
+        "transformer_layers_per_block": depth,
+        "use_linear_projection": linear,
+        # SD 2.1 overflows in fp16 attention without it; the file does not say which 2.x it is
+        "upcast_attention": linear,
+    }
+    if "label_emb.0.0.weight" in s:
+        config |= {
+            "class_embed_type": "projection",
+            "projection_class_embeddings_input_dim": s["label_emb.0.0.weight"][1],
+        }
+    return config
+
+
+def default_side(unet: Mapping[str, Any], prediction: str | None) -> int:
+    """Default side in latents: 96 for SD 2 with velocity prediction (768 pixels), else 64 (512 pixels)."""
+    return 96 if unet["use_linear_projection"] and prediction == "v_prediction" else 64
+
+
+def vae_config(shapes: Shapes) -> dict[str, Any]:
+    """diffusers' config of the VAE under "first_stage_model."."""
+    s = {key.removeprefix(VAE): shape for key, shape in shapes.items() if key.startswith(VAE)}
+    levels = _count(s, r"encoder\.down\.(\d+)\.")
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": s["encoder.conv_in.weight"][1],
+        "out_channels": s["decoder.conv_out.weight"][0],
+        "block_out_channels": [s[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(levels)],
+        "layers_per_block": _count(s, r"encoder\.down\.0\.block\.(\d+)\."),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "latent_channels": s["post_quant_conv.weight"][0],
+        "sample_size": 512,
+        # the constant of all SD 1 and SD 2 releases; a file without configs can't say another
+        "scaling_factor": 0.18215,
+    }
+
+
+def text_config(shapes: Shapes) -> dict[str, Any] | None:
+    """transformers' config of the text encoder, or None when the file holds none.
+
+    SD 2 takes the last layer but one of OpenCLIP ViT-H, so that its config has one layer less than the file.
+    """
+    common = {
+        "_class_name": "CLIPTextModel",
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+    }
+    if f"{CLIP}embeddings.token_embedding.weight" in shapes:
+        rows, width = shapes[f"{CLIP}embeddings.token_embedding.weight"]
+        layers = _count(shapes, re.escape(CLIP) + r"encoder\.layers\.(\d+)\.")
+        inner = shapes[f"{CLIP}encoder.layers.0.mlp.fc1.weight"][0]
+        window, activation = shapes[f"{CLIP}embeddings.position_embedding.weight"][0], "quick_gelu"
+    elif f"{OPEN_CLIP}token_embedding.weight" in shapes:
+        rows, width = shapes[f"{OPEN_CLIP}token_embedding.weight"]
+        layers = _count(shapes, re.escape(OPEN_CLIP) + r"transformer\.resblocks\.(\d+)\.")
+        layers -= (
+            layers == 24
+        )  # the last of ViT-H's 24 is there, and is not used; diffusers drops it by its number
+        inner = shapes[f"{OPEN_CLIP}transformer.resblocks.0.mlp.c_fc.weight"][0]
+        window, activation = shapes[f"{OPEN_CLIP}positional_embedding"][0], "gelu"
+    else:
+        return None
+    return common | {
+        "vocab_size": rows,
+        # the last two rows of CLIP's vocabulary: <|startoftext|>, <|endoftext|>
+        "bos_token_id": rows - 2,
+        "eos_token_id": rows - 1,
+        "pad_token_id": rows - 1,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(1, width // 64),
+        "max_position_embeddings": window,
+        "hidden_act": activation,
+        "projection_dim": width,
+    }
+
+
+def scheduler_config(prediction: str | None, *, zero_snr: bool = False) -> dict[str, Any]:
+    """The noise schedule of every SD 1 and SD 2 release; no `prediction` leaves it open."""
+    config = {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "rescale_betas_zero_snr": zero_snr,
+    }
+    return config if prediction is None else config | {"prediction_type": prediction}
+
+
+def write_configs(configs: Configs, folder: Path) -> None:
+    """Write the configs as the diffusers folder that `from_single_file(config=...)` takes (without a
+    tokenizer)."""
+    libraries = {"text_encoder": "transformers", "tokenizer": "transformers"}
+    index: dict[str, Any] = {"_class_name": configs.pipeline}
+    for part, config in configs.parts.items():
+        index[part] = [libraries.get(part, "diffusers"), config["_class_name"]]
+        directory = folder / part
+        directory.mkdir(parents=True)
+        file = "scheduler_config.json" if part == "scheduler" else "config.json"
+        (directory / file).write_text(json.dumps(dict(config)), encoding="utf-8")
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _count(names: Iterable[str], pattern: str) -> int:
+    """One more than the largest number that `pattern` finds at the beginning of a name."""
+    found = [int(match[1]) for name in names if (match := re.match(pattern, name))]
+    return max(found, default=-1) + 1

@@ -1,0 +1,151 @@
+"""Tiny bases: the real classes in toy sizes, from a seed, without a file: for tests and for trying things
+out.
+
+Module names are those of the full-size families, so that targets, key tables and file formats meet what they
+will meet in earnest; a base is built in a fraction of a second and draws 16x16 pixels of nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from scumble.models.family import Components
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+WINDOW = 77
+"""Tokens of a prompt, as in CLIP."""
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class TinySizes:
+    """What differs between the toy instances of the UNet families."""
+
+    width: int
+    """Of the text embeddings and the cross-attention."""
+    heads: int | tuple[int, ...]
+    """Attention heads of the UNet: on every level, or one number a level."""
+    linear: bool
+    """Whether the UNet's transformers project by linear layers."""
+    prediction: str = "epsilon"
+    activation: str = "quick_gelu"
+    """Of the text encoder."""
+    padding: str = END
+    """The token that fills a prompt up."""
+
+
+def tiny_tokenizer(padding: str = END) -> Any:
+    """A CLIPTokenizer with a byte-level vocabulary of 520 tokens: encodes any string, with a few merges for
+    English."""
+    from transformers import CLIPTokenizer
+
+    symbols = list(_byte_symbols().values())
+    merges = ["t h", "th e</w>", "a n", "an d</w>", "o f</w>", "o n</w>"]
+    words = [merge.replace(" ", "") for merge in merges]
+    vocabulary = [*symbols, *(symbol + "</w>" for symbol in symbols), *words, START, END]
+    return CLIPTokenizer(
+        vocab={word: index for index, word in enumerate(vocabulary)},
+        merges=[tuple(merge.split()) for merge in merges],
+        pad_token=padding,
+        model_max_length=WINDOW,
+    )
+
+
+def _byte_symbols() -> dict[int, str]:
+    """Every byte -> a printable character, as in GPT-2's byte-level BPE (Radford et al. 2019)."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    table = {byte: chr(byte) for byte in printable}
+    others = [byte for byte in range(256) if byte not in table]
+    return table | {byte: chr(256 + number) for number, byte in enumerate(others)}
+
+
+def tiny_components(name: str, sizes: TinySizes, seed: int) -> Components:
+    """Random parts of these sizes, the same for equal seeds. The global random state is left as it was."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = tiny_tokenizer(sizes.padding)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=sizes.width,
+            attention_head_dim=sizes.heads,
+            use_linear_projection=sizes.linear,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            sample_size=16,
+            scaling_factor=0.18215,
+        )
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=sizes.width,
+                intermediate_size=2 * sizes.width,
+                projection_dim=sizes.width,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                hidden_act=sizes.activation,
+                max_position_embeddings=WINDOW,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=sizes.prediction,
+    )
+    return Components(
+        name=name,
+        modules={"unet": unet, "vae": vae, "text_encoder": text_encoder},
+        tokenizers={"tokenizer": tokenizer},
+        scheduler=scheduler,
+    )
+
+
+def tiny_pipeline(family: str, seed: int = 0) -> StableDiffusionPipeline:
+    """The toy base of a family as a diffusers pipeline.
+
+    Raises:
+        UnknownName: no family is called so.
+    """
+    from scumble.models import FAMILIES
+
+    pipeline: Any = FAMILIES.get(family).tiny(seed).pipeline()
+    return pipeline  # type: ignore[no-any-return]
+
+
+def save(family: str, folder: Path | str, seed: int = 0) -> Path:
+    """Write the toy base of a family as a diffusers folder, as `load_base` reads it. Returns the folder.
+
+    Raises:
+        UnknownName: no family is called so.
+    """
+    tiny_pipeline(family, seed).save_pretrained(str(folder))
+    return Path(folder)

@@ -1,0 +1,302 @@
+"""UNet bases: what Stable Diffusion 1 and 2 share (and SDXL will): one UNet, one VAE, CLIP text.
+
+Sources: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models"; the calls are
+those of diffusers' StableDiffusionPipeline, which tests/laws/test_base_models.py compares with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from scumble.adapters.layers import base_state
+from scumble.errors import ModelError
+from scumble.models.attention import set_attention
+from scumble.models.configs import BaseFacts, Configs
+from scumble.models.family import BaseModel, Components, Conditioning, Frame, fingerprint
+from scumble.models.latents import LatentSpace
+from scumble.models.precision import check_precision
+from scumble.models.prediction import prediction_from, prediction_type
+from scumble.models.text import Truncation, Words
+from scumble.models.tiny import TinySizes, tiny_components
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+EXTRA_CHANNELS = {
+    5: "a depth-to-image model",
+    7: "an upscaler",
+    8: "an InstructPix2Pix model",
+    9: "an inpainting model",
+}
+"""Input channels of a UNet over 4-channel latents -> what such a model is."""
+
+
+class UNetBase(BaseModel):
+    """A frozen UNet, VAE and CLIP text encoder, as diffusers' StableDiffusionPipeline puts them together."""
+
+    def __init__(self, family: str, parts: Components, *, dtype: torch.dtype, device: torch.device) -> None:
+        """`parts` hold "unet", "vae", "text_encoder", "tokenizer"; they are moved to `device` and frozen in
+        place.
+
+        `dtype` is that of UNet and text encoder. The VAE has it too, except that fp16 on a CPU is fp32 there.
+
+        Raises:
+            ModelError: the tokenizer knows more tokens than the text encoder, or the schedule can't be built.
+        """
+        self.family, self.name, self.notes = family, parts.name, parts.notes
+        self.device, self.dtype = torch.device(device), dtype
+        self.unet: Any = parts.modules["unet"]
+        self.vae: Any = parts.modules["vae"]
+        self.text_encoder: Any = parts.modules["text_encoder"]
+        self.tokenizer: Any = parts.tokenizers["tokenizer"]
+        self.scheduler: Any = parts.scheduler
+        vae_dtype = torch.float32 if dtype == torch.float16 and self.device.type == "cpu" else dtype
+        for module, its in ((self.unet, dtype), (self.text_encoder, dtype), (self.vae, vae_dtype)):
+            if (module.device, module.dtype) != (self.device, its):
+                nn.Module.to(
+                    module, self.device, its
+                )  # diffusers' own `to` warns of fp32 modules that are not there
+            module.requires_grad_(False).eval()
+        self.roots = {"unet": self.unet, "text_encoder": self.text_encoder}
+        self.prediction = prediction_from(self.scheduler.config)
+        self.latents = LatentSpace(self.vae)
+        self.latent_factor, self.latent_channels = self.latents.factor, self.latents.channels
+        self.resolution, self.size_multiple = sizes(self.unet.config, self.vae.config)
+        self.words = Words(self.tokenizer, self.text_encoder.config.max_position_embeddings)
+        self._fingerprint = parts.fingerprint
+        known, rows = len(self.tokenizer), self.text_encoder.config.vocab_size
+        if known > rows:
+            raise ModelError(
+                f"The tokenizer of {self.name} has {known} tokens and its text encoder {rows}: they don't "
+                f"belong together. Take both from one base."
+            )
+
+    def encode_images(self, pixels: Tensor, rng: torch.Generator | None) -> Tensor:
+        """See BaseModel. Computed in the VAE's dtype, again in fp32 where that overflowed; the result is
+        fp32."""
+        latents = self.latents.encode(pixels, rng)
+        self._say_if_widened()
+        return latents
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        pixels = self.latents.decode(latents)
+        self._say_if_widened()
+        return pixels
+
+    def _say_if_widened(self) -> None:
+        note = f"The VAE overflowed in {self.vae.dtype}: it computes in fp32 from there on."
+        if self.latents.widened and note not in self.notes:
+            self.notes = (*self.notes, note)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """See BaseModel: (B prompts) -> tokens (B, 77, D) in the text encoder's dtype; longer prompts are
+        truncated.
+
+        The graph is recorded only where a parameter of the text encoder requires a gradient.
+        """
+        self._check_compute()
+        ids, mask = self.words.ids(prompts)
+        masked = getattr(self.text_encoder.config, "use_attention_mask", None)
+        trains = any(parameter.requires_grad for parameter in self.text_encoder.parameters())
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            hidden: Tensor = self.text_encoder(
+                ids.to(self.device), attention_mask=mask.to(self.device) if masked else None
+            )[0]
+        return Conditioning(hidden.to(self.text_encoder.dtype))
+
+    def token_counts(self, prompts: Sequence[str]) -> tuple[list[int], int]:
+        return self.words.counts(prompts), self.words.limit
+
+    def truncated(self, prompts: Sequence[str]) -> list[Truncation]:
+        """The prompts that don't fit the text encoder, each with what is lost of it."""
+        return self.words.truncated(prompts)
+
+    def denoise(self, latents: Tensor, t: Tensor, conditioning: Conditioning, frame: Frame) -> Tensor:
+        """See BaseModel: (B, C, h, w), t (B,) -> (B, C, h, w) fp32. These families aren't told the
+        `frame`."""
+        self._check_compute()
+        out: Tensor = self.unet(
+            latents.to(self.device, self.dtype),
+            t.to(self.device),
+            encoder_hidden_states=conditioning.tokens.to(self.device, self.dtype),
+            return_dict=False,
+        )[0]
+        return out.float()
+
+    def _check_compute(self) -> None:
+        if (
+            self.dtype == torch.float16 and self.device.type == "cpu"
+        ):  # not even under autocast: its norms want fp32
+            check_precision(self.dtype, self.device)
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        """A StableDiffusionPipeline over these very modules, with a fresh copy of the base's own
+        scheduler."""
+        from diffusers import StableDiffusionPipeline
+
+        return StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=type(self.scheduler).from_config(self.scheduler.config),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    def fingerprint(self) -> str:
+        """See BaseModel. Computed once; of a base built by hand in bf16 it is that of the rounded weights."""
+        if not self._fingerprint:
+            self._fingerprint = fingerprint(base_state(self.unet))
+        return self._fingerprint
+
+    def train_memory(self, *, checkpointing: bool) -> None:
+        """Turn gradient checkpointing of the UNet and the text encoder on or off."""
+        super().train_memory(checkpointing=checkpointing)
+        word = "activation" if hasattr(self.text_encoder, "activation_checkpointing_enable") else "gradient"
+        if checkpointing:
+            getattr(self.text_encoder, f"{word}_checkpointing_enable")({"use_reentrant": False})
+        else:
+            getattr(self.text_encoder, f"{word}_checkpointing_disable")()
+        for layer in self.text_encoder.modules():
+            # transformers checkpoints only layers in training mode; the mode of the layer alone changes
+            # nothing else, because attention and MLP inside it (dropout) stay in eval mode
+            if hasattr(layer, "gradient_checkpointing"):
+                layer.training = checkpointing
+
+    def set_attention(self, kind: str) -> None:
+        """How the UNet computes attention: "sdpa", "plain", or "auto", which chooses the faster (see
+        `attention`).
+
+        Raises:
+            UnknownName: no kind is called so.
+        """
+        set_attention(self.unet, kind)
+
+
+def sizes(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
+    """(default side in pixels, what sides must be multiples of), from the configs of UNet and VAE."""
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    sample = unet.get("sample_size") or 64
+    side = max(sample) if isinstance(sample, (list, tuple)) else int(sample)
+    # 8: StableDiffusionPipeline asks for it whatever the VAE's factor
+    return side * factor, math.lcm(8, factor * 2 ** (len(unet["block_out_channels"]) - 1))
+
+
+class UNetFamily:
+    """A family over UNet2DConditionModel with one CLIP text encoder, told from its neighbours by
+    structure."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    linear: ClassVar[bool]
+    """Whether the transformers in the UNet project in and out by a linear layer (SD 2) or a 1x1 convolution
+    (SD 1)."""
+    tiny_sizes: ClassVar[TinySizes]
+
+    @classmethod
+    def recognises(cls, configs: Configs) -> bool:
+        """By structure alone: a UNet2DConditionModel of this kind of projection that is told text and nothing
+        else."""
+        unet = configs.parts.get("unet", {})
+        told = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
+        return (
+            unet.get("_class_name") == "UNet2DConditionModel"
+            and bool(unet.get("use_linear_projection", False)) == cls.linear
+            and not any(unet.get(key) is not None for key in told)
+            and "text_encoder_2" not in configs.parts
+        )
+
+    @classmethod
+    def describe(cls, configs: Configs) -> BaseFacts:
+        """See Family."""
+        unet, vae = configs.parts["unet"], configs.parts.get("vae", {})
+        problems = list(cls._problems(configs))
+        kind, note = "", ""
+        try:
+            if not configs.probe:
+                kind, note = prediction_type(configs.parts.get("scheduler", {}))
+        except ModelError as error:
+            problems.append(f"{configs.name}: {error}")
+        known = bool(vae.get("block_out_channels"))
+        side, multiple = sizes(unet, vae) if known else (None, None)
+        return BaseFacts(
+            name=configs.name,
+            family=cls.name,
+            title=cls.title,
+            prediction=kind,
+            cross_attention_dim=_width(unet),
+            resolution=side,
+            size_multiple=multiple,
+            latent_factor=2 ** (len(vae["block_out_channels"]) - 1) if known else None,
+            latent_channels=unet.get("in_channels", 4),
+            parameters=configs.parameters,
+            weights_dtype=configs.weights_dtype,
+            problems=tuple(problems),
+            notes=(*configs.notes, *([note] if note else [])),
+        )
+
+    @classmethod
+    def _problems(cls, configs: Configs) -> Sequence[str]:
+        name, parts = configs.name, configs.parts
+        problems = []
+        lack = [
+            f"the {part} folder"
+            for part in ("vae", "text_encoder", "tokenizer", "scheduler")
+            if part not in parts
+        ]
+        if lack or configs.missing:
+            problems.append(f"{name} is not complete. Missing: {'; '.join([*lack, *configs.missing])}.")
+        unet, vae, text = parts["unet"], parts.get("vae", {}), parts.get("text_encoder", {})
+        taken, made = unet.get("in_channels", 4), unet.get("out_channels", 4)
+        latent = vae.get("latent_channels", taken)
+        if taken != made:
+            what = EXTRA_CHANNELS.get(taken, "a model of another kind")
+            problems.append(
+                f"{name} is {what} on {cls.title} (its UNet takes {taken} channels and gives {made}); this "
+                f"release trains text-to-image bases. Use the base that it was made from."
+            )
+        elif latent != taken:
+            problems.append(
+                f"The parts of {name} don't belong together: its VAE has {latent} latent channels and its "
+                f"UNet takes {taken}."
+            )
+        if unet.get("time_cond_proj_dim") is not None:
+            problems.append(
+                f"{name} is a latent consistency model (its UNet is told the guidance scale); this release "
+                "trains ordinary bases. Train on the base that it was distilled from; the adapter works on "
+                "both."
+            )
+        width, speaks = _width(unet), text.get("hidden_size")
+        if speaks is not None and width != speaks:
+            problems.append(
+                f"The parts of {name} don't belong together: its text encoder gives {speaks} numbers a "
+                f"token and its UNet's cross-attention takes {width}."
+            )
+        if text and text.get("_class_name", "CLIPTextModel") != "CLIPTextModel":
+            problems.append(
+                f"The text encoder of {name} is a {text['_class_name']}; {cls.title} has a CLIPTextModel."
+            )
+        return problems
+
+    @classmethod
+    def load(cls, source: Components, *, dtype: torch.dtype, device: torch.device) -> BaseModel:
+        """See Family."""
+        return UNetBase(cls.name, source, dtype=dtype, device=device)
+
+    @classmethod
+    def tiny(cls, seed: int = 0) -> BaseModel:
+        """The same classes in toy sizes, 16x16 pixels, on the CPU in fp32. The name is "tiny-<family>"."""
+        parts = tiny_components(f"tiny-{cls.name}", cls.tiny_sizes, seed)
+        return cls.load(parts, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def _width(unet: Mapping[str, Any]) -> int | None:
+    width = unet.get("cross_attention_dim")
+    return max(width) if isinstance(width, (list, tuple)) else width

@@ -1,0 +1,115 @@
+"""`scumble inspect FILE`: what an adapter file holds, and with `--against BASE` whether it fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from scumble.formats.inspection import Inspection
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A .safetensors file, or a folder that holds one.")],
+    against: Annotated[
+        str | None,
+        typer.Option(help="A base to check it against: a diffusers folder, a Hub id, or 'picturebook'."),
+    ] = None,
+) -> None:
+    """Say what an adapter file holds."""
+    from rich.console import Console
+
+    from scumble.formats.inspection import inspect as look
+
+    console = Console(highlight=False, soft_wrap=True)
+    _show(console, look(file))
+    if against is not None:
+        _compare(console, file, against)
+
+
+def _show(console: Console, found: Inspection) -> None:
+    from rich.table import Table
+
+    facts: list[tuple[str, str]] = [
+        ("file", str(found.path)),
+        ("dialect", found.dialect),
+        ("base", found.base or "not said, and not visible in the shapes"),
+        ("family", ", ".join(found.families)),
+        ("rank", _tally(found.ranks)),
+        (
+            "alpha",
+            _tally(found.alphas)
+            + (f", rank-stabilized on {found.rank_stabilized}" * bool(found.rank_stabilized)),
+        ),
+        ("layers", ", ".join(f"{number} {root}" for root, number in found.layers.items())),
+        ("parameters", f"{found.parameters:,}"),
+        ("dtype", ", ".join(found.dtypes)),
+        ("size", f"{found.size:,} bytes"),
+        ("sha256", found.sha256),
+    ]
+    facts += [("note", note) for note in found.notes]
+    _rows(console, facts)
+    said = {name: text for name, text in vars(found.metadata).items() if name != "extra" and text}
+    entries = [(name, _clip(text)) for name, text in (*said.items(), *sorted(found.metadata.extra.items()))]
+    if entries:
+        console.print("\nmetadata")
+        _rows(console, entries)
+    table = Table("block", "layers", "norm of the change", box=None, header_style="bold")
+    for block in found.blocks:
+        table.add_row(block.name, str(block.layers), f"{block.norm:.4g}")
+    console.print()
+    console.print(table)
+
+
+def _rows(console: Console, rows: list[tuple[str, str]]) -> None:
+    from rich.text import Text
+
+    width = max(len(name) for name, _ in rows) + 2
+    for name, value in rows:
+        console.print(Text.assemble((f"{name:<{width}}", "bold"), value))
+
+
+def _tally(counts: dict[Any, int]) -> str:
+    """`"4"`, or `"4 (100 layers), 8 (28 layers)"`."""
+    if len(counts) == 1:
+        return f"{next(iter(counts)):g}"
+    return ", ".join(f"{value:g} ({number} layer{'s' * (number != 1)})" for value, number in counts.items())
+
+
+def _clip(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 200 else line[:197] + "..."
+
+
+def _compare(console: Console, file: Path, against: str) -> None:
+    """Print how the file fits the base; exit code 1 when a tensor would be left out.
+
+    Raises:
+        WrongBase, UnusedTensors: the base is of another family, or nothing fits.
+    """
+    import torch
+    from rich.text import Text
+
+    from scumble.adapters import layers_of
+    from scumble.formats.codec import read
+    from scumble.models.loading import load_base
+
+    base = load_base(against, dtype=torch.float32, device=torch.device("cpu"))
+    found = read(file, layers_of(base.roots), allow_partial=True)
+    console.print(Text(f"\nagainst {base.name}: {found.report}"))
+    mine = found.state.metadata.base_fingerprint
+    if mine:
+        same = mine == base.fingerprint()
+        console.print(
+            "It was trained on this very base." if same else "It was trained on a base with other weights."
+        )
+    if found.unused:
+        for name in found.unused[:10]:
+            console.print(Text(f"unused: {name}", style="yellow"))
+        if len(found.unused) > 10:
+            console.print(f"... and {len(found.unused) - 10} more")
+        raise typer.Exit(1)

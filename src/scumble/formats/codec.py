@@ -1,0 +1,297 @@
+"""Codec: one file format, two directions. `read` and `write` choose one, and check what none may forget.
+
+Laws (tests/laws/test_codecs.py): `decode(encode(s), layers of s).state == s`, or `encode` raises
+CannotRepresent; every tensor is used, unused or ignored, and none is two of these; a file that two codecs
+claim is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from scumble.adapters.state import AdapterState, LayerPath
+from scumble.errors import CannotRepresent, FormatError, NotFinite, UnknownFormat, UnusedTensors, WrongBase
+from scumble.formats.container import PICKLES, WEIGHTS_NAME, TensorFile, find, load, read_header, save
+from scumble.formats.keymap import ROOTS, split_root
+from scumble.formats.pairs import NO_LAYER, Decoded, count
+from scumble.formats.tables.bases import TITLES, WIDTHS
+from scumble.registry import Registry
+
+
+class Codec(Protocol):
+    """A file format plug-in: one file in `formats/`, one line in the registry."""
+
+    name: str
+    """What users type after `--save-as`."""
+
+    def matches(self, file: TensorFile) -> bool:
+        """Whether this codec reads `file`, told from names and shapes alone (tensors may be meta tensors)."""
+
+    def decode(self, file: TensorFile, layers: Collection[LayerPath] | None) -> Decoded:
+        """The adapter in `file`. `layers` are the base's layer paths, as a mapping with the shapes of their
+        weights; None believes every name.
+
+        Raises:
+            FormatError: the file contradicts itself, or holds a family that this version does not know.
+        """
+
+    def obstacle(self, state: AdapterState) -> str | None:
+        """Why this format can't hold `state`, or None when it can."""
+
+    def encode(self, state: AdapterState) -> TensorFile:
+        """The inverse of `decode`.
+
+        Raises:
+            CannotRepresent: `obstacle(state)` is not None.
+        """
+
+
+CODECS: Registry[type[Codec]] = Registry(
+    "file format",
+    {
+        "diffusers": "scumble.formats.diffusers:Diffusers",
+        "attention-processors": "scumble.formats.attention_processors:AttentionProcessors",
+    },
+)
+
+_FOREIGN: tuple[tuple[str, str], ...] = (
+    (r"(model\.diffusion_model|first_stage_model|cond_stage_model)\.", "a whole Stable Diffusion checkpoint"),
+    (r"base_model\.model\.", "a peft adapter (adapter_model.safetensors)"),
+    (r"(lora_unet|lora_te[12]?|oft_unet)_", "a kohya sd-scripts or LyCORIS adapter"),
+    (r"lycoris_", "a LyCORIS adapter"),
+    (r"(diffusion_model|text_encoders\.\w+)\.", "an adapter in ComfyUI's naming"),
+    (r"(input_blocks|middle_block|output_blocks)\.", "an adapter in the naming of the original SD code"),
+    (r"(unet|text_encoder):\d+:(up|down)$", "a cloneofsimo/lora adapter"),
+    (r"(emb_params|emp_params|string_to_param|clip_[lg]|<[^>]+>)$", "a textual-inversion embedding"),
+    (
+        r"(conv_in|conv_out|time_embedding|down_blocks|up_blocks|mid_block)\.(?!.*lora)",
+        "a whole UNet, not an adapter",
+    ),
+)
+
+
+Layers: TypeAlias = Collection[LayerPath] | Mapping[LayerPath, Any]
+"""Layer paths of a base. As a mapping to modules with a `.weight`, or to shapes, those are checked."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """An adapter read from a file, and an account of the file."""
+
+    state: AdapterState
+    dialect: str
+    """Name of the codec."""
+    path: Path
+    """The file itself, also when a folder was given."""
+    used: tuple[str, ...]
+    """Names of the tensors that are in `state`."""
+    unused: tuple[str, ...]
+    """Names of the tensors that are not; not empty only under `allow_partial`."""
+    notes: tuple[str, ...]
+    """What was assumed or left aside, for people."""
+    report: str
+    """`"128/128 unet layers, 0 unused tensors (alpha absent: using alpha = rank)"`"""
+
+
+def detect(path: str | Path) -> str:
+    """The name of the codec that reads the file at `path`. Looks at the header only.
+
+    Raises:
+        UnknownFormat: none does, or several do.
+        FormatError: it is no sound safetensors file.
+    """
+    return _codec_for(read_header(find(path))).name
+
+
+def read(path: str | Path, layers: Layers | None = None, *, allow_partial: bool = False) -> Read:
+    """Read the adapter at `path` (a file, or a folder that holds one) for a base that has `layers`.
+
+    Without `layers` every name is believed: for conversions and for looking at files. `allow_partial` drops
+    what does not fit the base, and says so in the report.
+
+    Raises:
+        UnknownFormat: no codec claims the file, or several do.
+        WrongBase: its shapes are those of another family of bases.
+        UnusedTensors: tensors match no layer, or not its shape, and `allow_partial` is False.
+        NotFinite: a tensor holds NaN or infinity.
+        FormatError: the file is damaged, contradicts itself, holds an unknown family, or nothing fits.
+    """
+    where = find(path)
+    codec = _codec_for(read_header(where))
+    file = load(where)
+    _refuse_non_finite(file.tensors, f"{where.name} can't be used")
+    shapes = _shapes(layers) if isinstance(layers, Mapping) else {}
+    decoded = codec.decode(file, shapes or layers)
+    # the wrong base explains unused tensors better than their list does
+    whole = codec.decode(file, None) if decoded.unused else decoded
+    _refuse_wrong_base(whole.state, shapes)
+    _refuse_unused(decoded, codec, shapes, allow_partial)
+    return Read(
+        decoded.state,
+        codec.name,
+        where,
+        decoded.used,
+        tuple(decoded.unused),
+        decoded.notes,
+        _report(decoded),
+    )
+
+
+def write(
+    state: AdapterState, path: str | Path, dialect: str = "diffusers", dtype: torch.dtype | None = None
+) -> Path:
+    """Write `state` as `dialect`, in one atomic step; equal states give equal bytes. Returns the file's path.
+
+    `path` is a .safetensors file, or a folder, where the file is called as diffusers expects. `dtype` casts
+    the tensors, None keeps them as they are.
+
+    Raises:
+        CannotRepresent: the dialect can't hold this adapter; the text names those that can.
+        NotFinite: a tensor holds NaN or infinity, or does so after the cast.
+        FormatError: there is nothing to write, or the disk refuses.
+    """
+    path = Path(path)
+    if path.suffix.lower() in PICKLES:
+        raise FormatError(f"{path.name} would be a pickle; adapters are written as .safetensors only.")
+    if path.suffix.lower() != ".safetensors":
+        path = path / WEIGHTS_NAME
+    if not state.layers and not state.tokens:
+        raise FormatError("The adapter holds no layers: there is nothing to write.")
+    file = CODECS.get(dialect)().encode(state)
+    _refuse_non_finite(file.tensors, "refusing to save")
+    if dtype is not None:
+        file = replace(file, tensors={name: tensor.to(dtype) for name, tensor in file.tensors.items()})
+        word = str(dtype).removeprefix("torch.")
+        _refuse_non_finite(file.tensors, f"refusing to save: too large for {word}, take bfloat16 or float32")
+    save(file, path)
+    return path
+
+
+def cannot_represent(codec: Codec, state: AdapterState) -> CannotRepresent:
+    """The error for `encode`: why `codec` can't hold `state`, and which formats can."""
+    able = [name for name in CODECS if CODECS.get(name)().obstacle(state) is None]
+    advice = f"Write it as {' or '.join(able)}." if able else "No format of this version can hold it."
+    return CannotRepresent(
+        f"The format {codec.name} can't hold this adapter: {codec.obstacle(state)}. {advice}"
+    )
+
+
+def cross_attention_width(shapes: Mapping[LayerPath, Sequence[int]]) -> int | None:
+    """The width of the text that cross-attention reads, from shapes (any, in) by layer path; else None."""
+    for path, shape in shapes.items():
+        if path.endswith((".attn2.to_k", ".attn2.to_v")):
+            return shape[1]
+    return None
+
+
+def down_shapes(state: AdapterState) -> dict[LayerPath, tuple[int, ...]]:
+    """Shapes of the factors that read the layers' inputs, (rank, in[, k, k])."""
+    return {path: tuple(layer.tensors["down"].shape) for path, layer in state.layers.items()}
+
+
+def base_title(width: int | None, family: str = "") -> str | None:
+    """What base it is: `"SD 1.x (cross-attention 768)"`, `"cross-attention 320"`, or by its family's name;
+    else None."""
+    if width in WIDTHS:
+        return f"{WIDTHS[width][1]} (cross-attention {width})"
+    return f"cross-attention {width}" if width is not None else TITLES.get(family)
+
+
+def _codec_for(file: TensorFile) -> Codec:
+    if not file.tensors:
+        raise UnknownFormat(f"{file.label} holds no tensors.")
+    claims = [codec for name in CODECS if (codec := CODECS.get(name)()).matches(file)]
+    if len(claims) == 1:
+        return claims[0]
+    if claims:
+        names = ", ".join(codec.name for codec in claims)
+        raise UnknownFormat(f"{file.label} is claimed by {len(claims)} formats: {names}. It was not used.")
+    reads = f"This version reads: {', '.join(CODECS)}."
+    kinds = Counter(title for name in file.tensors for pattern, title in _FOREIGN if re.match(pattern, name))
+    if kinds:
+        raise UnknownFormat(
+            f"{file.label} looks like {kinds.most_common(1)[0][0]}, which is not read. {reads}"
+        )
+    raise UnknownFormat(
+        f"{file.label} is no adapter that is known here. {reads} It holds {count(file.tensors, 'tensor')}, "
+        f"for instance {', '.join(_short(name) for name in sorted(file.tensors)[:3])}."
+    )
+
+
+def _refuse_non_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _finite(tensor)]
+    if broken:
+        raise NotFinite(
+            f"{what}: {len(broken)} of {count(tensors, 'tensor')} not finite (NaN or infinity), "
+            f"first {_short(broken[0])}."
+        )
+
+
+def _finite(tensor: Tensor) -> bool:
+    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # torch can't ask this of 8-bit floats
+    return bool(torch.isfinite(wide).all())
+
+
+def _shapes(layers: Mapping[LayerPath, Any]) -> dict[LayerPath, tuple[int, ...]]:
+    return {
+        path: tuple(value.weight.shape if hasattr(value, "weight") else value)
+        for path, value in layers.items()
+    }
+
+
+def _refuse_wrong_base(state: AdapterState, shapes: Mapping[LayerPath, Sequence[int]]) -> None:
+    model = cross_attention_width(shapes)
+    if model is None:
+        return
+    mine, family = cross_attention_width(down_shapes(state)), state.metadata.base_family
+    if mine is not None:
+        wrong = mine != model
+    else:  # no cross-attention in the file: believe its header, if both are well-known families
+        wrong = family in TITLES and model in WIDTHS and WIDTHS[model][0] != family
+    if wrong:
+        title = f"{WIDTHS[model][1]} ({model})" if model in WIDTHS else f"cross-attention {model}"
+        raise WrongBase(f"LoRA is for {base_title(mine, family)}; model is {title}. Not applied.")
+
+
+def _refuse_unused(
+    decoded: Decoded, codec: Codec, shapes: Mapping[LayerPath, Sequence[int]], allow_partial: bool
+) -> None:
+    if decoded.state.layers and (allow_partial or not decoded.unused):
+        return
+    reasons = Counter(decoded.unused.values())
+    total = len(decoded.unused) + len(decoded.used) + len(decoded.ignored)
+    lines = [f"{number} of {total} tensors {reason}." for reason, number in reasons.most_common(6)]
+    if len(reasons) > 6:
+        lines.append(f"{sum(reasons.values()) - sum(n for _, n in reasons.most_common(6))} more do not fit.")
+    model = base_title(cross_attention_width(shapes))
+    lines.append(f"File dialect: {codec.name}." + (f" Model: {model}." if model else ""))
+    shown = sorted(decoded.unused, key=lambda name: decoded.unused[name] != NO_LAYER)[:3]
+    lines.append(f"First {len(shown)} unmatched: {', '.join(_short(name) for name in shown)}.")
+    if not decoded.state.layers:
+        raise UnusedTensors(" ".join([*lines, "Nothing matched: not applied."]))
+    lines.append(f"Not applied. --allow-partial (allow_partial=True) applies the other {len(decoded.used)}.")
+    raise UnusedTensors(" ".join(lines))
+
+
+def _report(decoded: Decoded) -> str:
+    """One line: layers found per root, tensors left over, what was assumed."""
+    claimed = Counter(split_root(spelled)[0] for spelled in decoded.layers)
+    found = Counter(split_root(path)[0] for path in decoded.state.layers)
+    parts = [f"{found[root]}/{claimed[root]} {root} layers" for root in ROOTS if claimed[root]]
+    notes = list(decoded.notes)
+    if decoded.ignored:
+        notes.append(f"{count(decoded.ignored, 'tensor')} of this dialect carry nothing")
+    line = ", ".join([*parts, count(len(decoded.unused), "unused tensor")])
+    return line + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 120 else name[:117] + "...")

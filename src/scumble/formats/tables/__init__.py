@@ -1,0 +1,1 @@
+"""Tables: facts about families of base models, as data without logic."""

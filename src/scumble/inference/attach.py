@@ -1,0 +1,258 @@
+"""Attach: adapters for people who already have a diffusers pipeline, checked before and proven after.
+
+    report = load_adapter(pipeline, "runs/fox/pytorch_lora_weights.safetensors", strength=0.8)
+    ...
+    unload_adapters(pipeline)
+
+The pipeline stays diffusers' own; its modules are what adapters go to. A failed load leaves them alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from scumble.adapters import Adapted, Adapter, base_state, layers_of
+from scumble.adapters.state import LayerPath
+from scumble.errors import AdapterError, NoEffect
+from scumble.formats.codec import Read, read
+from scumble.formats.container import WEIGHTS_NAME
+from scumble.formats.inspection import change_norm
+from scumble.formats.keymap import ROOTS
+from scumble.models.family import fingerprint
+
+_KEY = "_scumble_attached"
+_FINGERPRINTS: WeakKeyDictionary[nn.Module, tuple[object, str]] = WeakKeyDictionary()
+"""Denoiser -> (which tensors, in which version; their fingerprint): reading a whole UNet takes seconds."""
+
+
+@dataclass(frozen=True)
+class Attached:
+    """An adapter in a pipeline, and the account of how it got there."""
+
+    name: str
+    adapter: Adapter
+    path: Path
+    report: str
+    """`"applied 128/128 unet layers, 0 unused tensors (alpha absent: using alpha = rank)"`"""
+    notes: tuple[str, ...]
+    """What the user should know, each a sentence: another base, layers that change nothing, tensors left
+    out."""
+
+    @property
+    def strength(self) -> float | Tensor:
+        """How strongly it acts: 0 is the bare base, bit for bit; 1 as trained."""
+        return self.adapter.strength
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.name}: {self.report}", *(f"note: {note}" for note in self.notes)])
+
+
+@overload
+def load_adapter(
+    pipeline: Any,
+    path: str | Path,
+    strength: float = 1.0,
+    name: str | None = None,
+    allow_partial: bool = False,
+    *,
+    quiet: bool = False,
+) -> Attached: ...
+
+
+@overload
+def load_adapter(
+    pipeline: Any,
+    path: Sequence[str | Path],
+    strength: float | Sequence[float] = 1.0,
+    name: Sequence[str] | None = None,
+    allow_partial: bool = False,
+    *,
+    quiet: bool = False,
+) -> tuple[Attached, ...]: ...
+
+
+def load_adapter(
+    pipeline: Any,
+    path: str | Path | Sequence[str | Path],
+    strength: float | Sequence[float] = 1.0,
+    name: str | Sequence[str] | None = None,
+    allow_partial: bool = False,
+    *,
+    quiet: bool = False,
+) -> Attached | tuple[Attached, ...]:
+    """Put one adapter, or several at once, into a diffusers pipeline: all or none. Prints a line for each.
+
+    Args:
+        pipeline: any pipeline with a `unet` or `transformer`; its text encoders are found too.
+        path: a .safetensors file or a folder that holds one; several as a list.
+        strength: 0 is the bare base, 1 as trained; a list, or one for all.
+        name: how to call it; by default after the file or its folder.
+        allow_partial: use what fits when some tensors of the file do not, and say so.
+        quiet: print nothing; the account is in what is returned.
+
+    Returns:
+        The account of one path, or a tuple of them for a list.
+
+    Raises:
+        FormatError: see `formats.read`. Nothing was changed.
+        NoEffect: every change in the file is zero. Nothing was changed.
+        AdapterError: the name is taken, or the pipeline has no denoiser. Nothing was changed.
+    """
+    paths = [path] if isinstance(path, str | Path) else list(path)
+    strengths = list(strength) if isinstance(strength, Sequence) else [strength] * len(paths)
+    roots = roots_of(pipeline)
+    _refuse_peft(roots)
+    names = _names(name, paths, roots)
+    if not paths or len({len(paths), len(strengths), len(names)}) != 1:
+        raise AdapterError(
+            f"{len(paths)} adapters were given with {len(strengths)} strengths and {len(names)} names; "
+            "there must be one of each per adapter."
+        )
+    layers = layers_of(roots)
+    done: list[Attached] = []
+    # everything that can be wrong with files is found before the first layer is touched
+    read_in = [_read(where, layers, allow_partial, pipeline, roots) for where in paths]
+    try:
+        for (found, notes), how_much, called in zip(read_in, strengths, names, strict=True):
+            adapter = Adapter.load(roots, found.state, name=called, strength=how_much)
+            done.append(Attached(called, adapter, found.path, f"applied {found.report}", notes))
+    except BaseException:
+        for attached in reversed(done):
+            attached.adapter.eject()
+        raise
+    _remember(roots, done)
+    if not quiet:
+        for attached in done:
+            print(attached)
+    return done[0] if isinstance(path, str | Path) else tuple(done)
+
+
+def unload_adapters(pipeline: Any) -> int:
+    """Take out every adapter that `load_adapter` put in, and return how many it was."""
+    attached = _attached(roots_of(pipeline))
+    still = [one for one in attached if one.adapter.attached]
+    for one in reversed(still):
+        one.adapter.eject()
+    for root in roots_of(pipeline).values():
+        root.__dict__.pop(_KEY, None)
+    return len(still)
+
+
+def roots_of(pipeline: Any) -> dict[str, nn.Module]:
+    """The modules of a pipeline that adapters go to, under diffusers' names for them; the denoiser first.
+
+    Raises:
+        AdapterError: it has no denoiser.
+    """
+    found = {name: getattr(pipeline, name, None) for name in ROOTS}
+    roots = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    if "unet" not in roots and "transformer" not in roots:
+        raise AdapterError(
+            f"A {type(pipeline).__name__} has no unet and no transformer: nothing to put an adapter into."
+        )
+    return roots
+
+
+def _refuse_peft(roots: Mapping[str, nn.Module]) -> None:
+    for root, module in roots.items():
+        if any(hasattr(layer, "base_layer") for layer in module.modules()):
+            raise AdapterError(
+                f"The {root} of this pipeline already holds adapters that diffusers loaded through peft. "
+                "Take them out first: pipeline.unload_lora_weights()."
+            )
+
+
+def _names(
+    name: str | Sequence[str] | None, paths: Sequence[str | Path], roots: Mapping[str, nn.Module]
+) -> list[str]:
+    if name is not None:
+        return [name] if isinstance(name, str) else list(name)
+    adapted = [module for root in roots.values() for module in root.modules() if isinstance(module, Adapted)]
+    names: list[str] = []
+    for path in map(Path, paths):
+        whole = path.resolve()
+        stem = (
+            whole.name if whole.is_dir() else whole.parent.name if whole.name == WEIGHTS_NAME else whole.stem
+        )
+        called, number = stem or "adapter", 2
+        while called in names or any(called in module for module in adapted):
+            called, number = f"{stem or 'adapter'}-{number}", number + 1
+        names.append(called)
+    return names
+
+
+def _read(
+    path: str | Path,
+    layers: Mapping[LayerPath, nn.Module],
+    allow_partial: bool,
+    pipeline: Any,
+    roots: Mapping[str, nn.Module],
+) -> tuple[Read, tuple[str, ...]]:
+    """The file, and what its user should know of it."""
+    found = read(path, layers, allow_partial=allow_partial)
+    idle = [layer for layer, state in found.state.layers.items() if change_norm(state) == 0.0]
+    if len(idle) == len(found.state.layers):
+        raise NoEffect(
+            f"{found.path.name} has no numerical effect: the change is zero in all {len(idle)} layers. It "
+            "was saved before its first training step, or its alpha is 0. Not applied."
+        )
+    notes = []
+    if idle:
+        notes.append(
+            f"{len(idle)} of {len(found.state.layers)} layers have a change of zero, first {idle[0]!r}."
+        )
+    if found.unused:
+        notes.append(f"{len(found.unused)} tensors were left out, first {found.unused[0]!r}.")
+    return found, (*notes, *_base_notes(found, pipeline, roots))
+
+
+def _base_notes(found: Read, pipeline: Any, roots: Mapping[str, nn.Module]) -> list[str]:
+    """Where the adapter was trained on something else than what it is used with."""
+    said, notes = found.state.metadata, []
+    scheduler = getattr(pipeline, "scheduler", None)
+    prediction = getattr(getattr(scheduler, "config", None), "prediction_type", "")
+    if said.prediction_type and prediction and said.prediction_type != prediction:
+        notes.append(
+            f"It was trained on a base that predicts {said.prediction_type}; this pipeline's scheduler "
+            f"says {prediction}."
+        )
+    denoiser = next(iter(roots.values()))
+    weight = next(denoiser.parameters())
+    # rounded to bf16 the weights have lost what the fingerprint is made of; offloaded ones are on "meta"
+    comparable = weight.dtype in (torch.float16, torch.float32, torch.float64) and not weight.is_meta
+    if said.base_fingerprint and comparable:
+        mine = _fingerprint(denoiser)
+        if mine != said.base_fingerprint:
+            notes.append(
+                f"It was trained on {said.base_name[:80] or 'another base'} (weights "
+                f"{said.base_fingerprint[:12]}); this base has other weights ({mine[:12]}). It "
+                "may act differently."
+            )
+    return notes
+
+
+def _fingerprint(denoiser: nn.Module) -> str:
+    state = base_state(denoiser)
+    # a tensor made in inference mode counts no versions
+    version = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in state.values())
+    known = _FINGERPRINTS.get(denoiser)
+    if known is None or known[0] != version:
+        known = _FINGERPRINTS[denoiser] = (version, fingerprint(state))
+    return known[1]
+
+
+def _remember(roots: Mapping[str, nn.Module], done: Sequence[Attached]) -> None:
+    """Keep the list on the denoiser itself: pipelines that share it share the list, and it dies with it."""
+    denoiser = next(iter(roots.values()))
+    denoiser.__dict__[_KEY] = (*denoiser.__dict__.get(_KEY, ()), *done)
+
+
+def _attached(roots: Mapping[str, nn.Module]) -> tuple[Attached, ...]:
+    return tuple(one for root in roots.values() for one in root.__dict__.get(_KEY, ()))

@@ -24,7 +24,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": {"adapters", "models", "formats", "data", "training"},
     "picturebook": {"models"},
     "runs": {"adapters", "models", "formats", "data", "inference", "training", "methods", "picturebook"},
-    "cli": {"adapters", "models", "formats", "data", "inference", "training", "methods", "picturebook", "runs"},
+    "cli": {
+        "adapters",
+        "models",
+        "formats",
+        "data",
+        "inference",
+        "training",
+        "methods",
+        "picturebook",
+        "runs",
+    },
 }
 #: single modules that may do what their room may not
 EXCEPTIONS: dict[str, set[str]] = {
@@ -41,7 +51,11 @@ def imported(file: Path) -> set[str]:
     """Every scumble module that a file imports, anywhere in it, as dotted names without `scumble.`"""
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] == "scumble":
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.level == 0
+            and (node.module or "").split(".")[0] == "scumble"
+        ):
             inside = (node.module or "").split(".")[1:]
             names |= {".".join(inside)} if inside else {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
@@ -56,7 +70,9 @@ def test_imports_point_down(file: Path) -> None:
     if room in ("__init__", "__main__"):
         return
     allowed = MAY_IMPORT[room] | BELOW_ALL | {room} | EXCEPTIONS.get(str(relative), set())
-    forbidden = {name for name in imported(file) if name and name.split(".")[0] not in allowed | {"__version__"}}
+    forbidden = {
+        name for name in imported(file) if name and name.split(".")[0] not in allowed | {"__version__"}
+    }
     assert not forbidden, f"{relative} imports {sorted(forbidden)}; {room} may import {sorted(allowed)}"
 
 
@@ -88,8 +104,12 @@ def test_no_two_modules_import_each_other_at_the_top() -> None:
         relative = file.relative_to(SOURCE).with_suffix("")
         name = ".".join(relative.parts).removesuffix(".__init__")
         top = [n for n in ast.parse(file.read_text()).body if isinstance(n, ast.ImportFrom)]
-        edges[name] = {(n.module or "")[len("scumble.") :] for n in top if (n.module or "").startswith("scumble.")}
-    pairs = {tuple(sorted((a, b))) for a, targets in edges.items() for b in targets if a in edges.get(b, set())}
+        edges[name] = {
+            (n.module or "")[len("scumble.") :] for n in top if (n.module or "").startswith("scumble.")
+        }
+    pairs = {
+        tuple(sorted((a, b))) for a, targets in edges.items() for b in targets if a in edges.get(b, set())
+    }
     assert not pairs
 
 

@@ -12,7 +12,9 @@ from scumble.registry import Registry
 
 
 def test_a_plug_in_is_imported_when_asked_for() -> None:
-    registry: Registry[object] = Registry("toy", {"decimal": "decimal:Decimal", "missing": "no.such.module:X"})
+    registry: Registry[object] = Registry(
+        "toy", {"decimal": "decimal:Decimal", "missing": "no.such.module:X"}
+    )
     assert registry.names() == ("decimal", "missing")  # listing imports nothing, or this would fail
     assert registry.get("decimal") is registry.get("decimal") is sys.modules["decimal"].Decimal
     assert "decimal" in registry and "other" not in registry and list(registry) == ["decimal", "missing"]
@@ -20,7 +22,9 @@ def test_a_plug_in_is_imported_when_asked_for() -> None:
 
 def test_an_unknown_name_lists_what_there_is_and_suggests() -> None:
     registry: Registry[object] = Registry("adapter family", {"lora": "a:b", "dora": "a:b"})
-    with pytest.raises(UnknownName, match=r"no adapter family 'lorra'.*Did you mean \"lora\".*Known: dora, lora"):
+    with pytest.raises(
+        UnknownName, match=r"no adapter family 'lorra'.*Did you mean \"lora\".*Known: dora, lora"
+    ):
         registry.get("lorra")
 
 

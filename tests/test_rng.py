@@ -25,7 +25,9 @@ def test_every_part_of_the_name_counts() -> None:
 def test_rows_do_not_depend_on_their_batch() -> None:
     streams = Streams(0)
     whole = streams.normal("noise", range(8), (4, 2, 2))
-    halves = torch.cat([streams.normal("noise", range(4), (4, 2, 2)), streams.normal("noise", range(4, 8), (4, 2, 2))])
+    halves = torch.cat(
+        [streams.normal("noise", range(4), (4, 2, 2)), streams.normal("noise", range(4, 8), (4, 2, 2))]
+    )
     assert torch.equal(whole, halves)
     assert torch.equal(streams.uniform("t", [5]), streams.uniform("t", [4, 5, 6])[1:2])
 
@@ -42,4 +44,4 @@ def test_numbers_are_distributed_as_they_should_be() -> None:
     normal = Streams(3).normal("noise", range(400), (25,))
     uniform = Streams(3).uniform("t", range(4000))
     assert abs(normal.mean()) < 0.05 and abs(normal.std() - 1) < 0.05
-    assert 0 <= uniform.min() and uniform.max() < 1 and abs(uniform.mean() - 0.5) < 0.02
+    assert uniform.min() >= 0 and uniform.max() < 1 and abs(uniform.mean() - 0.5) < 0.02

@@ -1,4 +1,4 @@
-"""The embedded base: real classes, small files, any string, loaded by unmodified diffusers, and it draws what is asked."""
+"""The embedded base: real classes, small files, any string, loaded by diffusers, and it draws what is asked."""
 
 from __future__ import annotations
 
@@ -44,7 +44,11 @@ def test_its_parts_are_stable_diffusion_ones(pipe) -> None:  # type: ignore[no-u
     assert type(pipe.text_encoder) is CLIPTextModel and isinstance(pipe.tokenizer, CLIPTokenizer)
     assert pipe.vae.config.latent_channels == 4 and pipe.vae.config.scaling_factor == 0.18215
     schedule = pipe.scheduler.config
-    assert (schedule.beta_start, schedule.beta_end, schedule.beta_schedule) == (0.00085, 0.012, "scaled_linear")
+    assert (schedule.beta_start, schedule.beta_end, schedule.beta_schedule) == (
+        0.00085,
+        0.012,
+        "scaled_linear",
+    )
     assert schedule.prediction_type == "epsilon" and schedule.num_train_timesteps == 1000
 
 
@@ -76,7 +80,7 @@ def test_latents_have_unit_variance(pipe) -> None:  # type: ignore[no-untyped-de
 
 @pytest.mark.slow
 def test_it_draws_what_is_asked(pipe) -> None:  # type: ignore[no-untyped-def]
-    """A sample of what benchmarks/picturebook_base.py measures on 200 prompts; bounds leave room for the small sample."""
+    """A sample of what benchmarks/picturebook_base.py measures; bounds leave room for its size."""
     asked = [scenes.random_scene(Streams(31).python("asked", n), held_out=True) for n in range(40)]
     pictures = []
     for start in range(0, 40, 20):

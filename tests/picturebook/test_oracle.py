@@ -12,7 +12,9 @@ from scumble.rng import Streams
 
 
 def fresh(count: int, seed: int = 2**41) -> list[scenes.Scene]:
-    return [scenes.random_scene(Streams(seed).python("test", n), things=1, held_out=None) for n in range(count)]
+    return [
+        scenes.random_scene(Streams(seed).python("test", n), things=1, held_out=None) for n in range(count)
+    ]
 
 
 def test_fresh_plain_drawings_are_read_right() -> None:

@@ -60,7 +60,9 @@ def test_plain_attention_is_attention() -> None:
 def test_every_stage_runs_and_the_result_loads_in_diffusers(tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
-    small = pretrain.Recipe(pictures=256, doodles=16, vae_steps=2, unet_steps=2, unet_batch=4, decoder_steps=1)
+    small = pretrain.Recipe(
+        pictures=256, doodles=16, vae_steps=2, unet_steps=2, unet_batch=4, decoder_steps=1
+    )
     (tmp_path / "recipe.json").write_text(json.dumps(asdict(small)))
     for stage in pretrain.STAGES[:-1]:
         pretrain.pretrain(tmp_path, stage=stage, log=lambda _: None)

@@ -252,7 +252,7 @@ def _refuse_wrong_base(state: AdapterState, shapes: Mapping[LayerPath, Sequence[
     if model is None:
         return
     mine, family = cross_attention_width(down_shapes(state)), state.metadata.base_family
-    if mine is not None:
+    if mine is not None:  # noqa: SIM108 - one line would hide the comment
         wrong = mine != model
     else:  # no cross-attention in the file: believe its header, if both are well-known families
         wrong = family in TITLES and model in WIDTHS and WIDTHS[model][0] != family

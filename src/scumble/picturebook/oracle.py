@@ -57,9 +57,8 @@ class Reading:
     def agrees(self, scene: scenes.Scene, *words: str) -> bool:
         """Whether every named word ("subject", "color", ...) is that of the scene's first thing."""
         thing = scene.things[0]
-        return all(
-            getattr(self, word) == (scene.background if word == "background" else getattr(thing, word)) for word in words
-        )
+        asked = {word: scene.background if word == "background" else getattr(thing, word) for word in words}
+        return all(getattr(self, word) == said for word, said in asked.items())
 
 
 class OracleNetwork(nn.Module):
@@ -102,7 +101,9 @@ def network() -> OracleNetwork:
     if not WEIGHTS.exists():
         raise ModelError(f"The oracle's weights are missing: {WEIGHTS}. Reinstall scumble.")
     model = OracleNetwork()
-    model.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in load_file(WEIGHTS).items()})
+    model.load_state_dict(
+        {n: t.float() if t.is_floating_point() else t for n, t in load_file(WEIGHTS).items()}
+    )
     return model.eval().requires_grad_(False)
 
 

@@ -1,6 +1,6 @@
 """The recipe that trained the shipped base: pictures, vocabulary, autoencoder, denoiser, each from nothing.
 
-    scumble picturebook pretrain WORK            # every stage, resumable; about an hour and a half on two free CPU cores
+    scumble picturebook pretrain WORK     # every stage, resumable; about an hour and a half on two free CPU cores
     scumble picturebook pretrain WORK --stage vae
 
 Stages, each reading what the one before it left in WORK:
@@ -21,6 +21,7 @@ they can be. Randomness comes from `Streams`, so a resumed stage goes on exactly
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import math
 import os
@@ -55,13 +56,13 @@ SCALING_FACTOR = 0.18215  # Stable Diffusion 1's
 NORM_GROUPS = 8
 
 #: Words beside the caption grammar's own that people write when they fine-tune; they only save tokens.
-COMMON_WORDS = (
-    "a an the of in on at with and photo picture image painting drawing illustration style dog person man woman child "
-    "girl boy toy vase cartoon creature robot plush backpack shoe cup bowl chair lamp watch cake bear horse lion tiger "
-    "monkey mouse duck owl dragon monster doll figure hat flower garden forest mountain river street city kitchen table "
-    "wooden stone glass metal wearing sitting standing running sleeping front back side view close up portrait sks "
-    "blueprint woodcut mosaic neon watercolor pixel sketch ink bright dark old new big small very beautiful"
-).split()
+COMMON_WORDS = """
+    a an the of in on at with and photo picture image painting drawing illustration style dog person man woman child
+    girl boy toy vase cartoon creature robot plush backpack shoe cup bowl chair lamp watch cake bear horse lion tiger
+    monkey mouse duck owl dragon monster doll figure hat flower garden forest mountain river street city kitchen table
+    wooden stone glass metal wearing sitting standing running sleeping front back side view close up portrait sks
+    blueprint woodcut mosaic neon watercolor pixel sketch ink bright dark old new big small very beautiful
+""".split()  # noqa: SIM905 - a list of a hundred strings would be hard to read
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def learn_merges(words: collections.Counter[str], count: int) -> list[tuple[str,
     while len(merges) < count:
         pairs: collections.Counter[tuple[str, str]] = collections.Counter()
         for word, parts in splits.items():
-            for pair in zip(parts, parts[1:], strict=False):
+            for pair in itertools.pairwise(parts):
                 pairs[pair] += words[word]
         if not pairs:
             break
@@ -206,7 +207,7 @@ def train_vocabulary(work: Path, settings: Recipe, log: Callable[[str], None]) -
     alphabet = byte_alphabet()
     merges = learn_merges(words, settings.merges)
     symbols = [*alphabet, *(a + "</w>" for a in alphabet), *(a + b for a, b in merges)]
-    symbols = list(dict.fromkeys(symbols)) + ["<|startoftext|>", "<|endoftext|>"]
+    symbols = [*dict.fromkeys(symbols), "<|startoftext|>", "<|endoftext|>"]
     folder = work / "base" / "tokenizer"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({s: n for n, s in enumerate(symbols)}, ensure_ascii=False))
@@ -342,7 +343,9 @@ class PlainAttention:
             layer(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for layer, x in ((attn.to_q, hidden_states), (attn.to_k, seen), (attn.to_v, seen))
         )
-        with torch.autocast(q.device.type, enabled=False):  # which would make softmax fp32, and twice the bytes
+        with torch.autocast(
+            q.device.type, enabled=False
+        ):  # which would make softmax fp32, and twice the bytes
             mixed = (q * attn.scale @ k.transpose(-1, -2)).softmax(-1) @ v
         return attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))
 
@@ -429,7 +432,9 @@ def _train_autoencoder(
                 device
             )
             drawn = model.decode(encoded.mean + encoded.std * noise).sample
-        loss = picture_loss(drawn, wanted) + settings.kl_weight * encoded.kl().mean() / encoded.mean[0].numel()
+        loss = (
+            picture_loss(drawn, wanted) + settings.kl_weight * encoded.kl().mean() / encoded.mean[0].numel()
+        )
         if stage == "vae":
             loss = loss + guide(encoded.mean, wanted, step)
         loss.backward()

@@ -82,7 +82,9 @@ def train_oracle(
             group["lr"] = 2e-3 * min((step + 1) / 200, 1.0, (steps - step) / (0.6 * steps))
         with torch.autocast("cpu", torch.bfloat16):
             answers = model(batch)
-        loss = torch.stack([functional.cross_entropy(a.float(), labels[n][chosen]) for n, a in answers.items()]).sum()
+        loss = torch.stack(
+            [functional.cross_entropy(a.float(), labels[n][chosen]) for n, a in answers.items()]
+        ).sum()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
@@ -91,5 +93,8 @@ def train_oracle(
         if (step + 1) % 250 == 0:
             log(f"oracle {step + 1}/{steps} loss {total / 250:.4f}")
             total = 0.0
-    state = {n: (t.half() if t.is_floating_point() else t).contiguous() for n, t in model.eval().state_dict().items()}
+    state = {
+        n: (t.half() if t.is_floating_point() else t).contiguous()
+        for n, t in model.eval().state_dict().items()
+    }
     save_file(state, file)

@@ -87,8 +87,10 @@ class Batches(Protocol):
     """Pictures in a micro-batch of one process."""
     samples: int
     """Pictures in the dataset, a repeated one as often as it is repeated: visits in one epoch."""
-    fingerprint: str
-    """sha256 over pictures, captions and the settings that decide what is shown: a resume compares it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over pictures, captions and the settings that decide what is shown: a resume compares it."""
 
     def start(self, number: int, *, process: int = 0, processes: int = 1) -> Iterator[Batch]:
         """Micro-batches of this process from its `number`-th on.

@@ -1,0 +1,145 @@
+"""Finding: an adapter's file, here or on the Hub, and the base it was made for, as the adapter itself says.
+
+Nobody who was handed a LoRA should have to guess what to use it with: our metadata names the base, and so
+does the model card (README.md) that stands beside most adapters.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from scumble.errors import FormatError, HubError, ModelError
+from scumble.formats.codec import detect
+from scumble.formats.container import WEIGHTS_NAME, find, read_header
+from scumble.formats.metadata import from_header
+from scumble.models.hub import explain, is_hub_id
+
+CARD = "README.md"
+
+
+def locate(adapter: str | Path) -> Path:
+    """The .safetensors file that `adapter` means: a file, a folder that holds one, or a Hub id "owner/name".
+
+    What exists on this machine is never asked for on the network.
+
+    Raises:
+        FormatError: there is no such file, or the folder or the repository holds none, or several.
+        HubError: the Hub refused or can't be reached.
+    """
+    path = Path(adapter).expanduser()
+    if path.exists():
+        return find(path)
+    repo = Path(adapter).as_posix()
+    if not is_hub_id(repo) or path.parent.is_dir():
+        raise FormatError(
+            f"There is no adapter {str(adapter)!r}. Give a .safetensors file, a folder that holds one, or "
+            'the id of a repository on the Hub ("owner/name").'
+        )
+    return _download(repo, _weights_name(repo))
+
+
+def find_base(adapter: str | Path) -> str:
+    """The base that `adapter` (as for `locate`) was made for: what `load_base` takes.
+
+    From our own metadata in the file, else from `base_model` in the front matter of the model card beside it,
+    or in its repository on the Hub.
+
+    Raises:
+        ModelError: it doesn't say, or names several; the text tells how to name one.
+        FormatError, HubError: see `locate`.
+    """
+    file = locate(adapter)
+    said = from_header(read_header(file).metadata).base_name
+    if said:
+        return said
+    local = Path(adapter).expanduser().exists()
+    card = file.with_name(CARD) if local else _download(Path(adapter).as_posix(), CARD, missing=True)
+    named = card_bases(card) if card is not None and card.is_file() else ()
+    if len(named) == 1:
+        return named[0]
+    if named:
+        raise ModelError(
+            f"The model card of {adapter} names {len(named)} bases: {', '.join(named)}. Choose one with "
+            "--base (in Python: Session(base=...))."
+        )
+    where = (
+        f"there is no base_model in {CARD} beside it" if local else f"its {CARD} on the Hub has no base_model"
+    )
+    raise ModelError(
+        f"{adapter} does not say which base it was made for: no base name is in its file ({detect(file)}), "
+        f"and {where}. Name the base with --base (in Python: Session(base=...)): picturebook, a Hub id, a "
+        "folder, or a .safetensors checkpoint."
+    )
+
+
+def card_bases(card: Path) -> tuple[str, ...]:
+    """The bases that a model card's front matter names under `base_model`; empty when it names none.
+
+    Raises:
+        ModelError: the front matter is there and can't be read.
+    """
+    import yaml
+
+    lines = card.read_text(encoding="utf-8-sig").splitlines()
+    if not lines or lines[0].strip() != "---":
+        return ()
+    end = next((number for number, line in enumerate(lines[1:], 1) if line.strip() == "---"), None)
+    if end is None:
+        return ()
+    try:
+        matter: Any = yaml.safe_load("\n".join(lines[1:end]))
+    except yaml.YAMLError as error:
+        raise ModelError(
+            f"The front matter of {card} is not valid YAML ({str(error).splitlines()[0]}), so its base isn't "
+            "known. Name the base with --base (in Python: Session(base=...))."
+        ) from error
+    named = matter.get("base_model") if isinstance(matter, dict) else None
+    listed = named if isinstance(named, list) else [named]
+    return tuple(name for name in listed if isinstance(name, str) and name)
+
+
+def _weights_name(repo: str) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import is_offline_mode
+
+    if is_offline_mode():  # the cache knows files by name only
+        return WEIGHTS_NAME
+    names = [file.rfilename for file in _asked(repo, lambda: HfApi().model_info(repo)).siblings or ()]
+    found = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
+    if WEIGHTS_NAME in found:
+        return WEIGHTS_NAME
+    if len(found) == 1:
+        return str(found[0])
+    shown = ", ".join(found[:8]) or "none"
+    raise FormatError(
+        f"{repo} on the Hub holds {len(found)} .safetensors files ({shown}); one was expected. Download the "
+        f"one to use: hf download {repo} FILE"
+    )
+
+
+def _download(repo: str, name: str, *, missing: bool = False) -> Any:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def fetch() -> Path | None:
+        try:
+            return Path(hf_hub_download(repo, name))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            if missing:
+                return None
+            raise
+
+    return _asked(repo, fetch)
+
+
+def _asked(repo: str, ask: Any) -> Any:
+    """`ask()`, with what the Hub's client raises as one HubError that says what to do."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return ask()
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise HubError(explain(error, repo, None)) from error

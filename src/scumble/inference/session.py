@@ -1,0 +1,409 @@
+"""Session: a base that stays loaded, its adapters, and `generate`."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeAlias, cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from scumble.adapters import Adapter, layers_of
+from scumble.errors import AdapterError, ModelError, PrecisionError
+from scumble.inference import attach
+from scumble.inference.drawing import Drawing
+from scumble.inference.find_base import find_base, locate
+from scumble.inference.request import AdapterUse, Request
+from scumble.inference.schedulers import build_scheduler, suits, unsuitable
+from scumble.models.family import BaseModel
+from scumble.models.loading import load_base
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called after every denoising step with (steps done, steps in all), summed over the request's pictures."""
+
+BLACK = 1.0
+"""A picture whose 256 levels have a standard deviation below this shows nothing."""
+
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """An adapter in memory: in the model, at strength 0 unless a request uses it."""
+
+    file: Path
+    stamp: tuple[int, int]
+    """(modification time in ns, bytes): a file that is written anew is read anew."""
+    adapter: Adapter
+    report: str
+    """`"applied 128/128 unet layers, 0 unused tensors"`"""
+    notes: tuple[str, ...]
+    sha256: str
+
+
+class Session:
+    """A base that stays loaded, adapters that stay resident, pictures by request.
+
+        with Session("picturebook", ["runs/fox/pytorch_lora_weights.safetensors"]) as session:
+            session.generate(Request(prompt="a small red fox"))[0].save("fox.png")
+
+    A request's own `adapters` are the ones that act; a request without any gets the session's. Each is read
+    once, and switched by its strength. Between requests none acts, and `close` takes them all out: the base
+    is then as it was.
+
+    Laws: a picture depends on its request and the base, never on earlier requests nor on the batch it was
+    drawn in (beyond rounding); with every strength 0 it is bit-identical to the base's; torch's global
+    generators, the modules' modes and their parameters are left as they were.
+
+    Not for several threads at once: strengths are a state of the model.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel | str | Path | None = None,
+        adapters: Sequence[AdapterUse | str | Path] = (),
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        batch_size: int = 4,
+        allow_partial: bool = False,
+    ) -> None:
+        """
+        Args:
+            base: a loaded base, or what `load_base` takes; None asks the first adapter which base it was made
+                for.
+            adapters: files, folders, Hub ids or `AdapterUse`s that act where a request names none.
+            dtype: of a base that is loaded here; None is fp32.
+            device: of a base that is loaded here; None takes the GPU if there is one.
+            batch_size: pictures drawn at once, at most.
+            allow_partial: use what fits of an adapter's file when some of its tensors do not, and say so.
+
+        Raises:
+            ModelError: there is no base, or it can't be loaded.
+            FormatError, NoEffect: an adapter can't be used with it.
+        """
+        uses = [use if isinstance(use, AdapterUse) else AdapterUse(path=Path(use)) for use in adapters]
+        if isinstance(base, BaseModel):
+            if dtype is not None or device is not None:
+                raise ModelError(
+                    "dtype and device are for a base that is loaded here; this one is loaded already. "
+                    "Leave them out."
+                )
+            self.base = base
+        else:
+            self.base = _load(base, uses, dtype, device)
+        self.batch_size = max(1, batch_size)
+        self._allow_partial = allow_partial
+        self._defaults = tuple(uses)
+        self._residents: dict[Path, Resident] = {}
+        self._located: dict[Path, Path] = {}
+        self._pipeline = cast(Any, self.base.pipeline())
+        self._pipeline.set_progress_bar_config(disable=True)
+        self._own_scheduler = self._pipeline.scheduler
+        try:
+            self._all(uses)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def residents(self) -> tuple[Resident, ...]:
+        """The adapters in memory, with the report of how each was read."""
+        return tuple(self._residents.values())
+
+    def generate(self, request: Request, progress: Progress | None = None) -> list[Drawing]:
+        """Draw what `request` asks for: `request.count` pictures, the n-th from seed + n.
+
+        Raises:
+            ModelError: the size or the scheduler doesn't suit the base.
+            UnknownName: there is no such scheduler.
+            FormatError, NoEffect, AdapterError: an adapter can't be used.
+        """
+        width, height = self.size(request)
+        uses = request.adapters or self._defaults
+        residents = self._all(uses)
+        whole = request.model_copy(update={"width": width, "height": height, "adapters": uses})
+        notes = self._request_notes(whole)
+        drawings: list[Drawing] = []
+        with self._acting(residents, uses), self._undisturbed(request.seed):
+            while len(drawings) < request.count:
+                first = len(drawings)
+                seeds = range(
+                    request.seed + first, request.seed + min(first + self.batch_size, request.count)
+                )
+                scheduler = build_scheduler(request.scheduler, self._own_scheduler)
+                latents = self._denoise(
+                    whole, seeds, scheduler, _shared(progress, first, len(seeds), request.count)
+                )
+                settings = self._settings(type(scheduler).__name__, residents)
+                for seed, (image, said) in zip(seeds, self._decode(latents), strict=True):
+                    alone = whole.model_copy(update={"count": 1, "seed": seed})
+                    drawings.append(Drawing(image, alone, seed, settings, (*notes, *said)))
+        return drawings
+
+    def size(self, request: Request) -> tuple[int, int]:
+        """(width, height) of a request's pictures in pixels: its own, or the base's.
+
+        Raises:
+            ModelError: the base can't draw that size; the text names the nearest that it can.
+        """
+        step = self.base.size_multiple
+        sides = (request.width or self.base.resolution, request.height or self.base.resolution)
+        for word, side in zip(("width", "height"), sides, strict=True):
+            if side < step or side % step:
+                below = max(step, side // step * step)
+                near = f"{below} or {below + step}" if side > step else f"{step}"
+                raise ModelError(
+                    f"{word} {side} doesn't suit {self.base.name}: its sides must be multiples of {step} "
+                    f"pixels. Nearest: {near}."
+                )
+        return sides
+
+    def unload(self, path: str | Path) -> None:
+        """Take an adapter out of memory. A request that names it reads it again.
+
+        Raises:
+            AdapterError: it isn't resident.
+        """
+        file = self._file(Path(path))
+        if file not in self._residents:
+            raise AdapterError(f"{path} is not in memory, so it can't be unloaded.")
+        self._residents.pop(file).adapter.eject()
+
+    def close(self) -> None:
+        """Take every adapter out: the base is the very one from before."""
+        while self._residents:
+            _, resident = self._residents.popitem()
+            if resident.adapter.attached:
+                resident.adapter.eject()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Adapters
+
+    def _all(self, uses: Sequence[AdapterUse]) -> list[Resident]:
+        residents = [self._resident(use.path) for use in uses]
+        for number, resident in enumerate(residents):
+            if resident in residents[:number]:
+                raise AdapterError(
+                    f"{resident.file} is named twice. Name it once; strengths of one file are not added up."
+                )
+        return residents
+
+    def _file(self, path: Path) -> Path:
+        # Hub ids are looked up once; what is on this machine is cheap, and may change.
+        known = self._located.get(path)
+        if known is not None and not path.exists() and known.exists():
+            return known
+        self._located[path] = locate(path).resolve()
+        return self._located[path]
+
+    def _resident(self, path: Path) -> Resident:
+        file = self._file(path)
+        status = file.stat()
+        stamp = (status.st_mtime_ns, status.st_size)
+        known = self._residents.get(file)
+        if known is not None and known.stamp == stamp:
+            return known
+        layers = layers_of(self.base.roots)
+        found, notes = attach._read(file, layers, self._allow_partial, self._pipeline, self.base.roots)
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        adapter = Adapter.load(
+            self.base.roots, found.state, name=f"{file.stem} #{next(_numbers)}", strength=0.0
+        )
+        if known is not None:
+            self._residents.pop(file).adapter.eject()
+        self._residents[file] = Resident(file, stamp, adapter, f"applied {found.report}", notes, digest)
+        return self._residents[file]
+
+    @contextmanager
+    def _acting(self, residents: Sequence[Resident], uses: Sequence[AdapterUse]) -> Iterator[None]:
+        """These adapters at their strengths, and no other of the session's."""
+        # A layer adds its changes in the order in which they were attached, and floating-point sums depend
+        # on the order: it must be the request's, whatever earlier requests brought in first.
+        attached = [resident for resident in self._residents.values() if resident in residents]
+        if attached != list(residents):
+            for resident in residents:
+                resident.adapter.eject()
+                del self._residents[resident.file]
+            for resident in residents:
+                resident.adapter.attach()
+                self._residents[resident.file] = resident
+        try:
+            for resident, use in zip(residents, uses, strict=True):
+                resident.adapter.strength = use.strength
+            yield
+        finally:
+            for resident in residents:
+                resident.adapter.strength = 0.0
+
+    # Drawing
+
+    def _denoise(
+        self, request: Request, seeds: Sequence[int], scheduler: Any, progress: Progress | None
+    ) -> Tensor:
+
+        def step_done(pipe: Any, number: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if progress is not None:
+                progress(number + 1, pipe.num_timesteps)
+            return tensors
+
+        self._pipeline.scheduler = scheduler
+        try:
+            latents: Tensor = self._pipeline(
+                prompt=[request.prompt] * len(seeds),
+                negative_prompt=[request.negative] * len(seeds),
+                width=request.width,
+                height=request.height,
+                num_inference_steps=request.steps,
+                guidance_scale=request.guidance,
+                # On the CPU and one for each picture: the same noise on every device and in every batch.
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type="latent",
+                callback_on_step_end=step_done,
+            ).images
+        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, ImportError) as error:
+            if suits(type(scheduler), self._own_scheduler):
+                raise
+            raise ModelError(unsuitable(type(scheduler).__name__, self._own_scheduler, error)) from error
+        return latents
+
+    def _decode(self, latents: Tensor) -> list[tuple[Image.Image, tuple[str, ...]]]:
+        """Pictures, and what is to be said of each. The base decodes in fp32 where its VAE overflows, and
+        notes it."""
+        before = self.base.notes
+        rows = self._pixels(latents)
+        news = tuple(note for note in self.base.notes if note not in before)
+        pictures = []
+        for row in rows:
+            if isinstance(row, str):
+                height, width = (side * self.base.latent_factor for side in latents.shape[-2:])
+                pictures.append((Image.new("RGB", (width, height)), (*news, row)))
+                continue
+            levels = (
+                ((row / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+            )
+            said = news
+            if levels.std() < BLACK:
+                said += (
+                    f"The picture shows nothing: its levels are {levels.mean():.0f} of 255 and vary by only "
+                    f"{levels.std():.2f}. Neither the denoiser nor the VAE gave NaN. Try a smaller "
+                    "strength or guidance.",
+                )
+            pictures.append((Image.fromarray(levels), said))
+        return pictures
+
+    def _pixels(self, latents: Tensor) -> list[Tensor | str]:
+        """Each row's pixels, (3, H, W) in [-1, 1], or why there are none. One bad row does not spoil its
+        neighbours."""
+        finite = latents.isfinite().flatten(1).all(1).tolist()
+        if all(finite):
+            try:
+                return list(self.base.decode_latents(latents))
+            except ModelError as error:
+                if len(latents) == 1:
+                    return [f"The picture is black: the VAE gave NaN. {error}"]
+        if len(latents) > 1:
+            return [one for row in latents for one in self._pixels(row[None])]
+        word = str(self.base.dtype).removeprefix("torch.")
+        advice = "" if word == "float32" else "float32, "
+        return [
+            f"The picture is black: the denoiser gave NaN in {word}. Try {advice}a smaller strength or "
+            "guidance, and look at the adapter's file."
+        ]
+
+    @contextmanager
+    def _undisturbed(self, seed: int) -> Iterator[None]:
+        """Modules in eval mode, no gradients, no autocast, generators of our own; everything as before
+        afterwards."""
+        modules = [
+            module
+            for part in self._pipeline.components.values()
+            if isinstance(part, nn.Module)
+            for module in part.modules()
+            if module.training
+        ]
+        cuda = self.base.device.type == "cuda"
+        with ExitStack() as stack:
+            # Some schedulers draw from the global generator: from ours, then, and nobody else notices.
+            stack.enter_context(torch.random.fork_rng([self.base.device.index or 0] if cuda else []))
+            torch.manual_seed(seed)
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.autocast(self.base.device.type, enabled=False))
+            for module in modules:
+                module.training = False
+            try:
+                yield
+            finally:
+                for module in modules:
+                    module.training = True
+
+    def _request_notes(self, request: Request) -> tuple[str, ...]:
+        notes = []
+        for word, prompt in (("prompt", request.prompt), ("negative prompt", request.negative)):
+            (count,), limit = self.base.token_counts([prompt])
+            if count > limit:
+                notes.append(
+                    f"The {word} has {count} tokens and the text encoder reads {limit}: the last "
+                    f"{count - limit} are not read."
+                )
+        if request.negative and request.guidance <= 1:
+            notes.append(
+                f"The negative prompt has no effect at guidance {request.guidance:g}: it works above 1 only."
+            )
+        return tuple(notes)
+
+    def _settings(self, scheduler: str, residents: Sequence[Resident]) -> dict[str, Any]:
+        from scumble import __version__
+
+        return {
+            "version": f"scumble {__version__}",
+            "base": self.base.name,
+            "family": self.base.family,
+            "dtype": str(self.base.dtype).removeprefix("torch."),
+            "scheduler": scheduler,
+            "adapters": {str(resident.file): resident.sha256 for resident in residents},
+        }
+
+
+def _load(
+    base: str | Path | None,
+    uses: Sequence[AdapterUse],
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> BaseModel:
+    if base is not None:
+        return load_base(base, dtype=dtype, device=device)
+    if not uses:
+        raise ModelError(
+            "There is nothing to draw with. Name a base with --base (in Python: Session(base=...)), for "
+            "instance picturebook, or an adapter that says which base it was made for."
+        )
+    name = find_base(uses[0].path)
+    try:
+        return load_base(name, dtype=dtype, device=device)
+    except PrecisionError:
+        raise
+    except ModelError as error:
+        raise ModelError(
+            f"{uses[0].path} says that it was made for {name!r}. {error} To use another base, name it with "
+            "--base (in Python: Session(base=...))."
+        ) from error
+
+
+def _shared(progress: Progress | None, before: int, drawing: int, count: int) -> Progress | None:
+    """`progress` for the whole request, fed by a batch of `drawing` pictures after `before` others."""
+    if progress is None:
+        return None
+    return lambda done, steps: progress(before * steps + done * drawing, count * steps)

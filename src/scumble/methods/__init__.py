@@ -1,0 +1,1 @@
+"""Methods: ways to train. Each is data + trainables + loss, as a Plan; none is a loop."""

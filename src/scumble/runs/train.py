@@ -1,0 +1,336 @@
+"""train: a run from its settings to its folder; what can be refused is refused before the first step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scumble.errors import HubError
+from scumble.runs import hub
+from scumble.runs.card import CardFacts, write_card
+from scumble.runs.config import RunConfig
+from scumble.runs.folder import Layout, RunFolder
+from scumble.runs.load import load
+from scumble.runs.toml import dump
+from scumble.training.events import HeldOut, Panel
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from scumble.data.check import DataReport
+    from scumble.training.events import Sink
+
+WARNINGS_SHOWN = 10
+"""Warnings about the data that are printed before a run; `scumble data check` lists all."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended, and where everything is."""
+
+    folder: Path
+    adapter: Path | None
+    """The trained adapter; when interrupted, the last checkpoint's. None on processes that are not the main
+    one."""
+    step: int
+    """The last optimizer step."""
+    reason: str
+    """"complete" or "interrupted"."""
+    seconds: float
+    exit_code: int
+    """0, or 130 when interrupted."""
+    report: Path
+    card: Path
+    best: Path | None = None
+    """The adapter with the lowest held-out loss, where that was measured."""
+    difference: float | None = None
+    """Largest difference between the output of the saved file in a fresh base and that of the live model."""
+    url: str | None = None
+    """Where it was uploaded."""
+    push_error: str | None = None
+    """Why the upload failed, with the command to try again. The files are all in `folder`."""
+
+
+def train(
+    config: RunConfig | str | Path | None = None,
+    *overrides: str,
+    resume: str | Path | None = None,
+    overwrite: bool = False,
+    accept_changes: bool = False,
+    hub_token: str | None = None,
+    layout: Layout | None = None,
+    quiet: bool = False,
+    **settings: object,
+) -> RunResult:
+    """Train an adapter.
+
+        scumble.train("run.toml", "train.steps=200")
+        scumble.train(base="picturebook", data={"images": "pictures/"}, output="runs/first", train__steps=200)
+
+    Args:
+        config: a RunConfig, a TOML file, or None when `settings` say everything.
+        overrides: texts such as "train.steps=200".
+        resume: None, "latest", or a checkpoint's folder.
+        overwrite: remove what an earlier run left in the output folder.
+        accept_changes: continue although settings differ from the checkpoint's.
+        hub_token: for `hub.push`; by default the stored one or HF_TOKEN. It is written nowhere.
+        layout: what the run's files are called.
+        quiet: print nothing.
+        settings: sections by name as mappings, or single settings as `train__steps=200`.
+
+    Raises:
+        ScumbleError: see `scumble.errors`. Settings, folder, trackers, Hub and data are checked in this order
+            before a model is loaded, so that nothing that could have been known fails later.
+    """
+    config = resolve_config(config, overrides, settings)
+    from scumble.models.precision import find_device
+    from scumble.training.numerics import make_accelerator
+
+    accelerator = make_accelerator(config.train.precision, find_device(config.device))
+    main = accelerator.is_main_process
+    folder = RunFolder(config.output, layout or Layout())
+    checkpoint, notes = folder.claim(resume=resume, overwrite=overwrite)
+    say = _speaker(quiet or not main)
+    repo = ""
+    with contextlib.ExitStack() as stack:
+        sinks = open_trackers(config, folder) if main else []
+        stack.callback(_close_all, sinks)
+        if main and config.hub.push:
+            repo = hub.prepare(
+                config.hub.id or folder.path.resolve().name,
+                write_card(card_facts(config, folder, folder.path.resolve().name)),
+                private=config.hub.private,
+                token=hub_token,
+            )
+        if main:
+            from scumble.runs.build import check_data
+
+            with progress("checking", quiet) as told:
+                _, report = check_data(config, progress=told)
+            say_data(report, say)
+        accelerator.wait_for_everyone()
+        stack.pop_all()  # from here on the loop closes the sinks
+    for note in notes:
+        say(note)
+    return _run(
+        config, folder, checkpoint, accelerator, sinks, say, repo, hub_token, overwrite, accept_changes, quiet
+    )
+
+
+def resolve_config(
+    config: RunConfig | str | Path | None, overrides: tuple[str, ...], settings: Mapping[str, object]
+) -> RunConfig:
+    """The RunConfig that the arguments of `train` mean.
+
+    Raises:
+        ConfigError: settings are wrong; all mistakes are told.
+    """
+    if isinstance(config, RunConfig):
+        if not overrides and not settings:
+            return config
+        return load(None, overrides, (), **{**config.model_dump(exclude_unset=True), **settings})
+    return load(None if config is None else Path(config), overrides, (), **settings)
+
+
+def _run(
+    config: RunConfig,
+    folder: RunFolder,
+    checkpoint: Path | None,
+    accelerator: Accelerator,
+    sinks: list[Sink],
+    say: Callable[[str], None],
+    repo: str,
+    hub_token: str | None,
+    overwrite: bool,
+    accept_changes: bool,
+    quiet: bool,
+) -> RunResult:
+    from scumble.runs.build import build
+    from scumble.training.loop import train as loop
+    from scumble.training.sinks import SINKS
+
+    main = accelerator.is_main_process
+    built = build(config, device=accelerator.device, processes=accelerator.num_processes)
+    for note in built.notes:
+        say(f"note: {note}")
+    first = 0 if checkpoint is None else _step_of(checkpoint)
+    per_step = config.train.batch * config.train.accumulate * accelerator.num_processes
+    visits = (config.train.steps - first) * per_step
+    with progress("encoding", quiet or not main) as told:
+        few = visits < built.loader.samples * 8
+        built.loader.prepare(first=first * per_step, visits=visits if few else None, progress=told)
+    if main:
+        if overwrite:
+            folder.clear()
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.settings.write_text(dump(config), encoding="utf-8")
+        always = ("jsonl", "report") if quiet else ("console", "jsonl", "report")
+        sinks = [*(SINKS.get(name)(folder.path) for name in always), *sinks]
+    accelerator.wait_for_everyone()
+    result = loop(
+        built.plan,
+        folder.path,
+        built.train,
+        sinks,
+        built.streams,
+        accelerator,
+        previewer=built.previewer if main else None,
+        resume=checkpoint,
+        accept_changes=accept_changes,
+        layout=folder.layout,
+    )
+    url = push_error = None
+    if main and result.reason == "complete" and result.adapter is not None:
+        save_as(result.adapter, config)
+        facts = card_facts(config, folder, repo or folder.path.resolve().name, facts=built.plan.facts)
+        folder.card.write_text(write_card(facts), encoding="utf-8")
+        for note in built.previewer.notes if built.previewer else ():
+            say(f"preview: {note}")
+        say(f"Model card: {folder.card}. Report: {folder.report}")
+        if repo:
+            try:
+                url = hub.push(
+                    folder.path, repo, private=config.hub.private, token=hub_token, files=folder.published()
+                )
+                say(f"Uploaded: {url}")
+            except HubError as error:  # the training itself went well, and is kept
+                push_error = str(error)
+                say(f"The run is complete; only its upload failed. {error}")
+    accelerator.wait_for_everyone()
+    return RunResult(
+        folder=folder.path,
+        adapter=result.adapter,
+        step=result.step,
+        reason=result.reason,
+        seconds=result.seconds,
+        exit_code=result.exit_code,
+        report=folder.report,
+        card=folder.card,
+        best=result.best,
+        difference=result.difference,
+        url=url,
+        push_error=push_error,
+    )
+
+
+def open_trackers(config: RunConfig, folder: RunFolder) -> list[Sink]:
+    """The trackers that were asked for. They write nothing before the run begins.
+
+    Raises:
+        ConfigError: a tracker's package isn't installed.
+    """
+    from scumble.training.sinks import SINKS
+
+    places = {"tensorboard": folder.tensorboard}
+    wanted = [name for name in config.trackers if name not in ("console", "jsonl", "report")]
+    return [SINKS.get(name)(places.get(name, folder.path)) for name in wanted]
+
+
+def save_as(adapter: Path, config: RunConfig) -> None:
+    """Write the finished file again in the dialect and numbers that were asked for; fp32 in diffusers' is
+    there already.
+
+    Raises:
+        CannotRepresent: the dialect can't hold this adapter; the file stays as it was.
+    """
+    if config.save.dialect == "diffusers" and config.save.dtype == "fp32":
+        return
+    import torch
+
+    from scumble.formats import read, write
+
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    write(read(adapter).state, adapter, dialect=config.save.dialect, dtype=dtypes[config.save.dtype])
+
+
+def card_facts(
+    config: RunConfig, folder: RunFolder, name: str, facts: Mapping[str, object] | None = None
+) -> CardFacts:
+    """What the model card says: before a run what is configured, after it also what its report holds."""
+    from scumble.training.sinks.report import read_record
+
+    facts = dict(facts or {})
+    pictures = facts.pop("pictures", None)
+    common = {
+        "name": name,
+        "base": config.base,
+        "dataset": config.data.images,
+        "prompt": config.data.caption or "",
+        "method": config.method,
+        "settings": dump(config, changed_only=True),
+        "file": folder.layout.adapter,
+        "folder": folder.path,
+        "pictures": pictures if isinstance(pictures, int) else None,
+        "facts": {
+            key: facts[key] for key in ("layers", "parameters", "epochs", "pictures a step") if key in facts
+        },
+    }
+    if not folder.report.exists() or not facts:
+        return CardFacts(**common)  # type: ignore[arg-type]
+    record = read_record(folder.report)
+    panels = [
+        Panel(**{**panel, "base": Path(panel["base"]), "adapter": Path(panel["adapter"])})
+        for panel in (record.previews[-1]["panels"] if record.previews else ())
+    ]
+    measured = [HeldOut(**row) for row in record.held_out]
+    tail = [loss for loss in record.losses[-max(1, len(record.losses) // 10) :] if math.isfinite(loss)]
+    return CardFacts(
+        **common,  # type: ignore[arg-type]
+        panels=panels,
+        held_out=measured[-1] if measured else None,
+        steps=record.steps[-1] if record.steps else None,
+        seconds=sum(record.seconds),
+        loss=sum(tail) / len(tail) if tail else None,
+    )
+
+
+def say_data(report: DataReport, say: Callable[[str], None]) -> None:
+    """What a person should know of the data before the run: its size, three captions with their tokens,
+    warnings."""
+    from scumble.data.check import summary
+
+    say(f"{report.source}: {summary(report)}")
+    for picture in report.pictures[:3]:
+        count = "" if picture.tokens is None else f" ({picture.tokens} of {report.token_limit} tokens)"
+        say(f"  {picture.key}: {picture.captions[0] or '(no words)'}{count}")
+    for problem in report.warnings[:WARNINGS_SHOWN]:
+        say(f"  warning: {problem}")
+    if len(report.warnings) > WARNINGS_SHOWN:
+        say(
+            f"  ... and {len(report.warnings) - WARNINGS_SHOWN} more warnings; "
+            f"all of them: scumble data check {report.images}"
+        )
+
+
+@contextlib.contextmanager
+def progress(what: str, quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on a terminal, nothing elsewhere: (done, total, of what) is told to what the context gives."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, total, name: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total, name: bar.update(
+            task, completed=done, total=total, description=f"{what} {name}"
+        )
+
+
+def _speaker(quiet: bool) -> Callable[[str], None]:
+    return (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr))
+
+
+def _close_all(sinks: list[Any]) -> None:
+    for sink in sinks:
+        sink.close()
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int("".join(c for c in checkpoint.name if c.isdigit()) or 0)

@@ -1,0 +1,240 @@
+"""THE loop: the only place where weights are trained. It knows steps, gradients and time, and nothing of
+pictures."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from scumble.errors import ConfigError
+from scumble.rng import Streams
+from scumble.training.events import Finished, Sink, Started
+from scumble.training.interrupt import Interrupt
+from scumble.training.keeper import Keeper, Previewer
+from scumble.training.meter import Measured, Meter
+from scumble.training.numerics import arithmetic, make_accelerator
+from scumble.training.optimizers import build_optimizer, skipping, skips_on_device
+from scumble.training.plan import Phase, Plan, nothing
+from scumble.training.proofs import GradientWatch, check_processes_agree, check_reaches
+from scumble.training.schedules import factor
+from scumble.training.settings import TrainSettings
+from scumble.training.sinks.fanout import Fanout
+from scumble.training.state import ADAPTER, Layout
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    step: int
+    """The last optimizer step."""
+    adapter: Path | None
+    """The finished adapter; when interrupted, that of the checkpoint; None when not even a step was done, and
+    on processes that are not the main one."""
+    reason: str
+    """"complete" or "interrupted"."""
+    seconds: float
+    best: Path | None = None
+    """The adapter with the lowest held-out loss, where that was measured."""
+    difference: float | None = None
+    """Largest difference between the output of the file in a fresh base and that of the live model."""
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 130 when interrupted (128 + SIGINT, as shells have it)."""
+        return 0 if self.reason == "complete" else 130
+
+
+def train(
+    plan: Plan,
+    run: Path,
+    settings: TrainSettings,
+    sinks: Sequence[Sink] | Fanout,
+    streams: Streams,
+    accelerator: Accelerator | None = None,
+    *,
+    previewer: Previewer | None = None,
+    resume: Path | str | None = None,
+    accept_changes: bool = False,
+    layout: Layout | None = None,
+    interrupt: Interrupt | None = None,
+) -> TrainResult:
+    """Run every phase of `plan`, keep what is learned in the folder `run`, and tell `sinks` what happens.
+
+    Law: the same plan gives the same adapter, bit for bit on the CPU, however often it is killed and resumed.
+
+    `resume`: None, "latest", or a checkpoint. `accept_changes`: go on though settings differ from the
+    checkpoint's.
+    `interrupt`: for callers outside the main thread, who set its `asked` to stop the run.
+
+    Raises:
+        ConfigError: the optimizer's package is missing, or `accelerator` has another precision.
+        PrecisionError: the device can't compute in `settings.precision`.
+        ResumeError: the checkpoint does not belong to this run (differences listed), or is damaged.
+        Diverged: too many steps in a row were not finite; the last good file is named.
+        NothingTrained: a tensor got no gradient, or never changed.
+        NoEffect, TrainingError: the saved file read back does not act like the trained model.
+    """
+    begun, layout = time.perf_counter(), layout or Layout()
+    device = next(iter(plan.phases[0].trainables[0].parameters.values())).device
+    accelerator = accelerator or make_accelerator(settings.precision, device)
+    if accelerator.mixed_precision != settings.precision:
+        raise ConfigError(
+            f'precision is "{settings.precision}" in the settings and "{accelerator.mixed_precision}" in the '
+            "given Accelerator. Give both the same."
+        )
+    fanout = sinks if isinstance(sinks, Fanout) else Fanout(sinks)
+    tell = fanout.handle if accelerator.is_main_process else _silent
+    keeper: Keeper | None = None
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        keeper = Keeper(plan, run, settings, tell, streams, accelerator, previewer, layout)
+        keeper.resume(resume, accept_changes)
+        tell(Started(run, keeper.total, keeper.step, plan.facts, settings.model_dump(mode="json")))
+        keeper.tell_notes()
+        adapter, difference = None, None
+        with (
+            arithmetic(deterministic=settings.deterministic, tf32=settings.tf32),
+            interrupt or Interrupt() as wish,
+        ):
+            ends = list(itertools.accumulate(phase.steps for phase in plan.phases))
+            complete = all(
+                keeper.step >= end or _train_phase(phase, end - phase.steps, keeper, wish)
+                for phase, end in zip(plan.phases, ends, strict=True)
+            )
+            if complete and accelerator.is_main_process:
+                adapter, difference = keeper.finish()
+        if not complete and keeper.last_saved is not None:
+            adapter = keeper.last_saved / ADAPTER
+        reason, seconds = "complete" if complete else "interrupted", time.perf_counter() - begun
+        tell(Finished(keeper.step, seconds, adapter, reason))
+        return TrainResult(keeper.step, adapter, reason, seconds, keeper.best_path, difference)
+    except BaseException as error:
+        step = keeper.step if keeper is not None else 0
+        tell(Finished(step, time.perf_counter() - begun, None, f"{type(error).__name__}: {error}"))
+        raise
+    finally:
+        fanout.close()
+
+
+def _train_phase(phase: Phase, start: int, keeper: Keeper, wish: Interrupt) -> bool:
+    """Train one phase, whose first step is the run's `start` + 1, from where the keeper stands. False:
+    interrupted."""
+    accelerator, settings, streams = keeper.accelerator, keeper.settings, keeper.streams
+    share, rank, alone = accelerator.num_processes, accelerator.process_index, accelerator.num_processes == 1
+    parameters = [p for trainable in phase.trainables for p in trainable.parameters.values()]
+    peaks = {t.name: t.learning_rate or phase.optimizer.learning_rate for t in phase.trainables}
+    groups = [
+        {"params": list(t.parameters.values()), "lr": peaks[t.name], "name": t.name} for t in phase.trainables
+    ]
+    objective, stepper = accelerator.prepare(phase.objective, build_optimizer(phase.optimizer, groups))
+    keeper.restore_optimizer(stepper.optimizer, phase)
+    watch = GradientWatch({keeper.names[parameter]: parameter for parameter in parameters})
+    meter = Meter(accelerator, keeper.tell, settings.nonfinite_limit, keeper.last_good)
+    meter.in_a_row, opening = keeper.in_a_row, keeper.step
+    always = settings.log_every == 1 or phase.after_step is not nothing
+    stream = phase.batches.start((opening - start) * settings.accumulate, process=rank, processes=share)
+    objective.train()
+    try:
+        while keeper.step < start + phase.steps:
+            done = keeper.step - start
+            rates = {
+                name: peak * factor(phase.schedule, done, phase.steps, peak) for name, peak in peaks.items()
+            }
+            for group in stepper.optimizer.param_groups:
+                group["lr"] = rates[group["name"]]
+            stepper.zero_grad()
+            batches = list(itertools.islice(stream, settings.accumulate))
+            samples, losses = sum(map(len, batches)), []
+            for number, batch in enumerate(batches):
+                position = (done * len(batches) + number) * share + rank
+                # dropout too must not remember what came before
+                torch.manual_seed(streams.number("dropout", start, position))
+                with accelerator.no_sync(objective) if number + 1 < len(batches) else nullcontext():
+                    each = check_reaches(objective(batch))
+                    accelerator.backward(_honest(each.sum() / samples))
+                losses.append(each.detach())
+                if alone and wish.asked and number + 1 < len(batches):
+                    # the half-done step is dropped: after a resume it is done whole
+                    return _stop(phase, keeper, meter, stepper)
+            norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm or float("inf"))
+            if not watch.satisfied and norm.isfinite():
+                watch.see(keeper.step + 1, meter.moved)
+                if keeper.step == opening:
+                    check_processes_agree(parameters, accelerator)
+            skip = (~norm.isfinite()).float()
+            _step(stepper, skip, scaled=accelerator.scaler is not None)
+            keeper.step += 1
+            if keeper.ema is not None:
+                keeper.ema.update(keeper.step, skip)
+            keys = [key for batch in batches for key in batch.keys]
+            meter.add(Measured(keeper.step, phase.name, rates, losses, keys, norm))
+            due, last = keeper.due(keeper.step), keeper.step == start + phase.steps
+            if not (always or due or last or not watch.satisfied or keeper.step % settings.log_every == 0):
+                if alone and wish.asked:
+                    return _stop(phase, keeper, meter, stepper)
+                continue
+            meter.flush()
+            keeper.in_a_row = meter.in_a_row
+            if norm.isfinite():
+                phase.after_step()
+            if due:
+                keeper.between(due, phase, stepper.optimizer)
+            if _anyone(accelerator, wish) and keeper.step < keeper.total:
+                return _stop(phase, keeper, meter, stepper)
+        return True
+    finally:
+        accelerator.unwrap_model(objective, keep_fp32_wrapper=False).eval()
+        stepper.zero_grad()
+        accelerator.free_memory()
+
+
+def _stop(phase: Phase, keeper: Keeper, meter: Meter, stepper: Any) -> bool:
+    """Keep what was done so far; gives the False of an interrupted phase."""
+    meter.flush()
+    keeper.in_a_row = meter.in_a_row
+    if keeper.step and keeper.accelerator.is_main_process and keeper.last_step_saved != keeper.step:
+        keeper.save(phase, stepper.optimizer)
+    return False
+
+
+def _honest(loss: Tensor) -> Tensor:
+    """`loss`, whose gradient is NaN when the loss is not finite: then one look at the gradient tells all
+    processes."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, float("nan"))
+
+
+def _step(stepper: Any, skip: Tensor, scaled: bool) -> None:
+    """One optimizer step, left out where `skip` is 1; without waiting for the device where the optimizer
+    can."""
+    if scaled:
+        stepper.step()  # fp16's loss scaler looks at the same gradients and skips by itself
+    elif skips_on_device(stepper.optimizer):
+        with skipping(stepper.optimizer, skip):
+            stepper.step()
+    elif not skip.item():
+        stepper.step()
+
+
+def _anyone(accelerator: Accelerator, wish: Interrupt) -> bool:
+    """Whether any process was asked to stop: all must stop after the same step, or they wait for each other
+    forever."""
+    if accelerator.num_processes == 1:
+        return wish.asked
+    asked = torch.tensor([float(wish.asked)], device=accelerator.device)
+    return bool(accelerator.reduce(asked, reduction="sum").item())
+
+
+def _silent(event: object) -> None:
+    """What a process that is not the main one tells."""

@@ -1,0 +1,439 @@
+"""The command people already have: each flag becomes what it should, and the whole of it runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from scumble.runs.config import RunConfig
+from scumble.runs.load import assemble
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train_text_to_image_lora.py"
+
+#: every flag of diffusers 0.42's script with its default; `...` for a required one
+THEIRS: dict[str, Any] = {
+    "pretrained_model_name_or_path": ...,
+    "revision": None,
+    "variant": None,
+    "dataset_name": None,
+    "dataset_config_name": None,
+    "train_data_dir": None,
+    "image_column": "image",
+    "caption_column": "text",
+    "validation_prompt": None,
+    "num_validation_images": 4,
+    "validation_epochs": 1,
+    "max_train_samples": None,
+    "output_dir": "sd-model-finetuned-lora",
+    "cache_dir": None,
+    "seed": None,
+    "resolution": 512,
+    "center_crop": False,
+    "random_flip": False,
+    "train_batch_size": 16,
+    "num_train_epochs": 100,
+    "max_train_steps": None,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+    "learning_rate": 1e-4,
+    "scale_lr": False,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 500,
+    "snr_gamma": None,
+    "use_8bit_adam": False,
+    "allow_tf32": False,
+    "dataloader_num_workers": 0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_weight_decay": 1e-2,
+    "adam_epsilon": 1e-08,
+    "max_grad_norm": 1.0,
+    "push_to_hub": False,
+    "hub_token": None,
+    "prediction_type": None,
+    "hub_model_id": None,
+    "logging_dir": "logs",
+    "mixed_precision": None,
+    "report_to": "tensorboard",
+    "local_rank": -1,
+    "checkpointing_steps": 500,
+    "checkpoints_total_limit": None,
+    "resume_from_checkpoint": None,
+    "enable_xformers_memory_efficient_attention": False,
+    "noise_offset": 0,
+    "rank": 4,
+    "image_interpolation_mode": "lanczos",
+}
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_text_to_image_lora", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script()
+
+
+def config(*flags: str, **world: Any) -> RunConfig:
+    """What a command line means; 20 pictures unless said otherwise."""
+    given = script.parser().parse_args(["--pretrained_model_name_or_path=base", *flags])
+    if not any(flag.startswith(("--dataset_name", "--train_data_dir")) for flag in flags):
+        given.train_data_dir = "pictures"
+    return assemble(RunConfig, script.translate(given, script.World(**{"count": lambda data: 20, **world})))
+
+
+def at(settings: RunConfig, path: str) -> Any:
+    value: Any = settings
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def test_the_flags_are_theirs_with_their_defaults() -> None:
+    mine = {
+        flag.name: ... if flag.required else (False if flag.type is None else flag.default)
+        for flag in script.FLAGS
+    }
+    assert mine == THEIRS
+    assert script.parser().parse_args(["--pretrained_model_name_or_path=x"]).__dict__ == {
+        **THEIRS,
+        "pretrained_model_name_or_path": "x",
+    }
+
+
+ROWS: list[tuple[str, str, Any]] = [
+    ("--pretrained_model_name_or_path=owner/base", "base", "owner/base"),
+    ("--revision=fp16", "revision", "fp16"),
+    ("--variant=fp16", "variant", "fp16"),
+    ("--dataset_name=owner/pictures", "data.images", "owner/pictures"),
+    ("--dataset_name=owner/pictures --train_data_dir=x", "data.images", "owner/pictures"),
+    ("--dataset_name=imagefolder --train_data_dir=x", "data.images", "x"),
+    ("--train_data_dir=x", "data.images", "x"),
+    ("--dataset_config_name=small", "data.dataset_config", "small"),
+    ("--image_column=picture", "data.image_column", "picture"),
+    ("--caption_column=words", "data.caption_column", "words"),
+    ("--validation_prompt=Totoro", "preview.prompts", ("Totoro",)),
+    ("--validation_prompt=Totoro", "preview.count", 4),
+    ("--validation_prompt=Totoro", "preview.steps", 30),
+    ("--validation_prompt=Totoro --seed=1337", "preview.seed", 1337),
+    ("--validation_prompt=x --num_validation_images=2", "preview.count", 2),
+    ("--num_validation_images=2", "preview.prompts", ()),
+    ("--validation_prompt=x --validation_epochs=3 --train_batch_size=4", "train.preview_every", 15),
+    ("--validation_epochs=3", "train.preview_every", 0),
+    ("--max_train_samples=7", "data.max_samples", 7),
+    ("--output_dir=out", "output", Path("out")),
+    ("", "output", Path("sd-model-finetuned-lora")),
+    ("--seed=1337", "train.seed", 1337),
+    ("", "train.seed", 0),
+    ("--resolution=256", "data.resolution", 256),
+    ("", "data.resolution", 512),
+    ("--center_crop", "data.center_crop", True),
+    ("", "data.center_crop", False),
+    ("--random_flip", "data.random_flip", True),
+    ("--train_batch_size=3", "train.batch", 3),
+    ("", "train.batch", 16),
+    ("--num_train_epochs=5 --train_batch_size=4", "train.steps", 25),
+    ("--num_train_epochs=5 --max_train_steps=15000", "train.steps", 15000),
+    ("--gradient_accumulation_steps=4", "train.accumulate", 4),
+    ("--gradient_checkpointing", "train.gradient_checkpointing", True),
+    ("--learning_rate=1e-05", "train.optimizer.learning_rate", 1e-5),
+    ("--scale_lr --learning_rate=1e-05 --train_batch_size=2 --gradient_accumulation_steps=4",
+     "train.optimizer.learning_rate", 8e-5),
+    ("--lr_scheduler=cosine", "train.schedule.name", "cosine"),
+    ("--lr_scheduler=cosine", "train.schedule.warmup_steps", 500),
+    ("--lr_scheduler=cosine --lr_warmup_steps=0", "train.schedule.warmup_steps", 0),
+    ("--lr_scheduler=constant", "train.schedule.warmup_steps", 0),
+    ("--snr_gamma=5.0", "train.objective.snr_gamma", 5.0),
+    ("", "train.objective.snr_gamma", None),
+    ("--use_8bit_adam", "train.optimizer.name", "adamw8bit"),
+    ("", "train.optimizer.name", "adamw"),
+    ("--allow_tf32", "train.tf32", True),
+    ("--dataloader_num_workers=8", "data.workers", 8),
+    ("--adam_beta1=0.8", "train.optimizer.betas", (0.8, 0.999)),
+    ("--adam_beta2=0.99", "train.optimizer.betas", (0.9, 0.99)),
+    ("--adam_weight_decay=0.1", "train.optimizer.weight_decay", 0.1),
+    ("--adam_epsilon=1e-6", "train.optimizer.epsilon", 1e-6),
+    ("--max_grad_norm=0.5", "train.max_grad_norm", 0.5),
+    ("--max_grad_norm=0", "train.max_grad_norm", None),
+    ("--push_to_hub", "hub.push", True),
+    ("--push_to_hub --hub_model_id=me/fox", "hub.id", "me/fox"),
+    ("--hub_model_id=me/fox", "hub.push", False),
+    ("--prediction_type=v_prediction", "prediction", "v_prediction"),
+    ("--mixed_precision=bf16", "train.precision", "bf16"),
+    ("", "train.precision", "no"),
+    ("--report_to=wandb", "trackers", ("wandb",)),
+    ("--report_to=all", "trackers", ("tensorboard", "wandb")),
+    ("--report_to=none", "trackers", ()),
+    ("", "trackers", ("tensorboard",)),
+    ("--checkpointing_steps=100", "train.checkpoint_every", 100),
+    ("--checkpoints_total_limit=2", "train.checkpoint_limit", 2),
+    ("--noise_offset=0.1", "train.objective.noise_offset", 0.1),
+    ("--rank=16", "adapter.rank", 16),
+    ("--rank=16", "adapter.alpha", None),
+    ("", "adapter.targets", "attention"),
+    ("--image_interpolation_mode=bicubic", "data.interpolation", "bicubic"),
+    ("", "data.interpolation", "lanczos"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "path", "value"), ROWS)
+def test_a_flag_becomes_its_setting(flags: str, path: str, value: Any) -> None:
+    found = at(config(*flags.split()), path)
+    assert found == pytest.approx(value) if isinstance(value, float) else found == value
+
+
+#: flags that are no setting: what becomes of them is tested below or in a run
+ELSEWHERE = {"cache_dir", "hub_token", "logging_dir", "local_rank", "resume_from_checkpoint"}
+ELSEWHERE |= {"enable_xformers_memory_efficient_attention"}
+
+
+def test_every_flag_has_a_row() -> None:
+    tested = {part.split("=")[0].removeprefix("--") for flags, _, _ in ROWS for part in flags.split()}
+    assert tested | ELSEWHERE == set(THEIRS)
+
+
+def test_the_precision_is_the_flag_then_accelerate_then_none() -> None:
+    launched = {"ACCELERATE_MIXED_PRECISION": "fp16"}
+    assert config(environment=launched).train.precision == "fp16"
+    assert config("--mixed_precision=no", environment=launched).train.precision == "no"
+
+
+def test_epochs_are_counted_as_theirs() -> None:
+    """20 pictures, 2 processes, batch 3, accumulation 2: 7 batches, 4 a process, 2 steps an epoch."""
+    flags = ("--train_batch_size=3", "--gradient_accumulation_steps=2", "--num_train_epochs=10")
+    assert config(*flags, processes=2).train.steps == 20
+    assert config(*flags, "--scale_lr", processes=2).train.optimizer.learning_rate == pytest.approx(12e-4)
+
+
+def test_what_is_installed_decides_what_all_trackers_are() -> None:
+    assert config("--report_to=all", installed=lambda name: name != "wandb").trackers == ("tensorboard",)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset_config_name=x"], "--dataset_name"),
+        (["--train_data_dir=x", "--report_to=comet_ml"], "not supported"),
+        (["--train_data_dir=x", "--report_to=wandb", "--hub_token=secret"], "hf auth login"),
+    ],
+)
+def test_what_can_not_be_honoured_is_refused(flags: list[str], message: str) -> None:
+    given = script.parser().parse_args(["--pretrained_model_name_or_path=base", *flags])
+    with pytest.raises(script.Refused, match=message):
+        script.translate(given, script.World())
+
+
+def test_a_wrong_value_is_named_by_its_flag() -> None:
+    from scumble.errors import ConfigError
+
+    with pytest.raises(
+        ConfigError, match=r'--lr_scheduler: train\.schedule\.name = "cosin": .*Did you mean "cosine"'
+    ):
+        config("--lr_scheduler=cosin")
+
+
+def test_notes_say_what_is_otherwise() -> None:
+    flags = script.parser().parse_args(
+        [
+            "--pretrained_model_name_or_path=b",
+            "--dataset_name=d",
+            "--train_data_dir=x",
+            "--enable_xformers_memory_efficient_attention",
+        ]
+    )
+    notes = [note for flag in script.FLAGS if (note := flag.note(getattr(flags, flag.name), flags))]
+    assert len(notes) == 2 and "not used" in notes[0] and "scaled_dot_product_attention" in notes[1]
+
+
+def test_a_checkpoint_is_found_however_its_path_is_spelled(tmp_path: Path) -> None:
+    assert script.resume(None, tmp_path) is None
+    assert script.resume("latest", tmp_path) is None, "nothing is there yet: a new run starts"
+    (tmp_path / "checkpoint-500").mkdir()
+    assert script.resume("latest", tmp_path) == "latest"
+    assert script.resume("checkpoint-500", tmp_path) == tmp_path / "checkpoint-500"
+    assert script.resume(str(tmp_path / "checkpoint-500"), Path("elsewhere")) == tmp_path / "checkpoint-500"
+    assert script.resume("old/place/checkpoint-500/", tmp_path) == tmp_path / "checkpoint-500"
+
+
+# -- whole runs, as a command ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base on disk, and an image folder with metadata.jsonl."""
+    from PIL import Image
+
+    from scumble.models.tiny import save
+
+    folder = tmp_path_factory.mktemp("world")
+    save("sd1", folder / "base")
+    (folder / "pictures").mkdir()
+    lines = []
+    for number in range(6):
+        Image.new("RGB", (20 + number, 18), (40 * number, 200 - 30 * number, 90)).save(
+            folder / f"pictures/{number}.png"
+        )
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"colour number {number}"}))
+    (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def launch(
+    world: Path, *flags: str, environment: Mapping[str, str] = {}, first: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        *first,
+        str(SCRIPT),
+        f"--pretrained_model_name_or_path={world / 'base'}",
+        f"--train_data_dir={world / 'pictures'}",
+        "--resolution=16",
+        "--train_batch_size=2",
+        "--seed=1337",
+        *flags,
+    ]
+    source = str(SCRIPT.parents[1] / "src")
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": source,
+        **environment,
+    }
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=world, check=False)
+
+
+@pytest.mark.slow
+def test_the_whole_command_runs_and_resumes(world: Path) -> None:
+    out = world / "out"
+    flags = [
+        "--output_dir=out",
+        "--center_crop",
+        "--random_flip",
+        "--gradient_accumulation_steps=2",
+        "--learning_rate=1e-03",
+        "--max_grad_norm=1",
+        "--lr_scheduler=cosine",
+        "--lr_warmup_steps=0",
+        "--checkpointing_steps=2",
+        "--checkpoints_total_limit=2",
+        "--validation_prompt=Totoro",
+        "--num_validation_images=1",
+        "--validation_epochs=2",
+        "--report_to=tensorboard",
+    ]
+    done = launch(world, *flags, "--max_train_steps=6")
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in out.iterdir()}
+    assert {"pytorch_lora_weights.safetensors", "README.md", "checkpoint-4", "checkpoint-6", "logs"} <= names
+    assert "checkpoint-2" not in names
+    assert list((out / "logs").rglob("events.out.tfevents.*"))
+    card = (out / "README.md").read_text()
+    assert "Totoro" in card and "| optimizer steps | 6 |" in card
+    again = launch(world, *flags, "--max_train_steps=6")
+    assert again.returncode == 2 and "already holds" in again.stderr
+    # The same run, cut after four steps and continued, gives the same file.
+    weights = (out / "pytorch_lora_weights.safetensors").read_bytes()
+    for path in (out / "checkpoint-6", out / "pytorch_lora_weights.safetensors"):
+        path.rename(world / path.name)
+    more = launch(world, *flags, "--max_train_steps=6", "--resume_from_checkpoint=latest")
+    assert more.returncode == 0, more.stderr
+    assert (out / "pytorch_lora_weights.safetensors").read_bytes() == weights
+
+
+@pytest.mark.slow
+def test_the_file_loads_in_unmodified_diffusers(world: Path) -> None:
+    done = launch(
+        world, "--output_dir=loads", "--max_train_steps=2", "--report_to=none", "--learning_rate=0.01"
+    )
+    assert done.returncode == 0, done.stderr
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(world / "base")
+
+    def draw() -> torch.Tensor:
+        noise = torch.Generator().manual_seed(0)
+        return torch.as_tensor(
+            pipeline(
+                "x", num_inference_steps=2, generator=noise, output_type="np", width=16, height=16
+            ).images
+        )
+
+    before = draw()
+    pipeline.load_lora_weights(str(world / "loads"))
+    assert not torch.equal(before, draw())
+
+
+@pytest.mark.slow
+def test_accelerate_launch_decides_the_precision(world: Path) -> None:
+    launcher = (
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes=1",
+        "--num_machines=1",
+        "--dynamo_backend=no",
+        "--cpu",
+    )
+    done = launch(
+        world, "--output_dir=half", "--max_train_steps=1", first=(*launcher, "--mixed_precision=fp16")
+    )
+    assert done.returncode != 0
+    assert "fp16 needs a GPU" in done.stderr and "bf16" in done.stderr
+    assert not (world / "half").exists(), "refused before anything was written"
+    done = launch(
+        world,
+        "--output_dir=brain",
+        "--max_train_steps=2",
+        "--report_to=none",
+        first=(*launcher, "--mixed_precision=bf16"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert 'precision = "bf16"' in (world / "brain" / "run.toml").read_text()
+
+
+@pytest.mark.slow
+def test_a_push_goes_to_the_hub_and_a_failed_one_keeps_the_run(world: Path) -> None:
+    from tests.runs.hub_server import TOKEN, running
+
+    with running() as hub:
+        environment = {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_OFFLINE": "0",
+        }
+        flags = ["--push_to_hub", "--max_train_steps=2", "--report_to=none", "--learning_rate=0.01"]
+        done = launch(
+            world, *flags, "--output_dir=pushed", "--hub_model_id=painter/fox", environment=environment
+        )
+        assert done.returncode == 0, done.stderr
+        there = hub.repos["painter/fox"]
+        assert (
+            there["pytorch_lora_weights.safetensors"]
+            == (world / "pushed" / "pytorch_lora_weights.safetensors").read_bytes()
+        )
+        assert {"README.md", "run.toml", "report.html"} <= set(there)
+        assert TOKEN.encode() not in b"".join(there.values())
+        hub.failures = {"/commit/": 500}
+        done = launch(world, *flags, "--output_dir=kept", environment=environment)
+        assert done.returncode == 0, "the training went well"
+        assert "scumble push kept --to painter/kept" in done.stderr
+        assert (world / "kept" / "pytorch_lora_weights.safetensors").exists()
+        hub.failures = {"whoami": 401}
+        done = launch(world, *flags, "--output_dir=never", environment=environment)
+        assert done.returncode == 2 and "hf auth login" in done.stderr
+        assert not (world / "never").exists(), "asked before the first step"

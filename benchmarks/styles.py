@@ -63,7 +63,10 @@ def main() -> None:
             "file bytes": result.adapter.stat().st_size,
         }
         content = f"{plain.subject_and_color:.0%} (base) -> {after.subject_and_color:.0%}"
-        print(f"{style:10s} style {before.style:.0%} -> {after.style:.0%}, subject and colour {content}", flush=True)
+        print(
+            f"{style:10s} style {before.style:.0%} -> {after.style:.0%}, subject and colour {content}",
+            flush=True,
+        )
         print(f"{'':10s} strength 0 equal: {silent}, {result.seconds:.0f} s of training", flush=True)
         rows += [base[:10], taught[:10]]
         labels += [f"base, asked for {style} style", f"LoRA, {style}"]

@@ -48,7 +48,9 @@ class Streams:
         """
         import torch
 
-        return torch.stack([torch.randn(tuple(shape), generator=self.generator(purpose, p)) for p in positions])
+        return torch.stack(
+            [torch.randn(tuple(shape), generator=self.generator(purpose, p)) for p in positions]
+        )
 
     def uniform(self, purpose: str, positions: Sequence[int]) -> torch.Tensor:
         """Uniform numbers in [0, 1), (len(positions),) fp32 on the CPU, each from its own position."""

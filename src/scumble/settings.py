@@ -12,4 +12,6 @@ from pydantic import BaseModel, ConfigDict
 class Settings(BaseModel):
     """A frozen section of settings: unknown keys are refused, field docstrings are the help text."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+    )

@@ -127,7 +127,9 @@ def test_a_request_never_depends_on_earlier_requests(
     # Latents, not pixels: 8 bits would hide sums in another order.
     seen: list[torch.Tensor] = []
     decode = base.decode_latents
-    monkeypatch.setattr(base, "decode_latents", lambda latents: (seen.append(latents.clone()), decode(latents))[1])
+    monkeypatch.setattr(
+        base, "decode_latents", lambda latents: (seen.append(latents.clone()), decode(latents))[1]
+    )
 
     a, b, c = (files[name] for name in "abc")
     asked = [

@@ -74,9 +74,7 @@ MOMENTS = ("manifest", "half an adapter", "rename")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("case", "moment"), zip(CASES, ("manifest", "half an adapter", "rename"), strict=True)
-)
+@pytest.mark.parametrize(("case", "moment"), list(zip(CASES, MOMENTS, strict=True)))
 def test_two_kills_leave_no_trace(tmp_path: Path, case: str, moment: str) -> None:
     wanted = CASES[case]
     straight = finished(tmp_path / "straight", **wanted)

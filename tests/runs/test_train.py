@@ -119,6 +119,7 @@ def test_the_file_acts_in_unmodified_diffusers(world: Path, tmp_path: Path) -> N
     assert not torch.equal(before, draw())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_gives_the_file_of_an_uninterrupted_one(world: Path, tmp_path: Path) -> None:
     whole = scumble.train(**settings(world, tmp_path / "whole"), train__checkpoint_every=2)
     half = scumble.train(**settings(world, tmp_path / "half"), train__checkpoint_every=2)
@@ -135,6 +136,7 @@ def test_a_resumed_run_gives_the_file_of_an_uninterrupted_one(world: Path, tmp_p
     assert first.keys() == second.keys() and all((first[name] == second[name]).all() for name in first)
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_run_is_refused_or_overwritten(world: Path, tmp_path: Path) -> None:
     scumble.train(**settings(world, tmp_path / "run"), train__checkpoint_every=2)
     with pytest.raises(ConfigError, match="already holds"):
@@ -157,6 +159,7 @@ def test_a_smaller_number_type_halves_the_file(world: Path, tmp_path: Path) -> N
     assert read.metadata.base_family == "sd1" and '"steps":4' in read.metadata.settings
 
 
+@pytest.mark.slow
 def test_a_text_encoder_trains_when_it_is_a_target(world: Path, tmp_path: Path) -> None:
     result = scumble.train(
         **settings(world, tmp_path / "run", adapter={"targets": ["attention", "text_encoder.attention"]})
@@ -166,6 +169,7 @@ def test_a_text_encoder_trains_when_it_is_a_target(world: Path, tmp_path: Path) 
     assert roots == {"unet", "text_encoder"}
 
 
+@pytest.mark.slow
 def test_another_layout_has_other_names(world: Path, tmp_path: Path) -> None:
     layout = Layout(checkpoint="checkpoint-{step}", tensorboard="logs", strict=False)
     scumble.train(

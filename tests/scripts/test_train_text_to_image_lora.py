@@ -437,3 +437,19 @@ def test_a_push_goes_to_the_hub_and_a_failed_one_keeps_the_run(world: Path) -> N
         done = launch(world, *flags, "--output_dir=never", environment=environment)
         assert done.returncode == 2 and "hf auth login" in done.stderr
         assert not (world / "never").exists(), "asked before the first step"
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_run(world: Path) -> None:
+    """Accelerate's processes, over gloo: each sees its part, one writes."""
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
+    flags = ("--output_dir=two", "--num_train_epochs=2", "--report_to=none", "--checkpointing_steps=2")
+    done = launch(world, *flags, "--scale_lr", first=launcher)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (world / "two" / "events.jsonl").read_text().splitlines()]
+    (started,) = [row for row in rows if row["event"] == "Started"]
+    assert started["total_steps"] == 4, "6 pictures, batch 2, 2 processes: 2 steps an epoch"
+    steps = [row for row in rows if row["event"] == "StepDone"]
+    assert [(row["step"], row["samples"]) for row in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert steps[0]["learning_rates"] == {"unet": pytest.approx(4e-4)}
+    assert [row["reason"] for row in rows if row["event"] == "Finished"] == ["complete"]

@@ -131,7 +131,8 @@ class RunFolder:
             has = "checkpoints" if self.layout.checkpoints(self.path) else "results"
             raise ConfigError(
                 f"{self.path} already holds {has} of a run ({_names(results)}). "
-                "Continue it with --resume latest, write to another folder with --output, or start again with --overwrite."
+                "Continue it with --resume latest, write to another folder with --output, or start again with "
+                "--overwrite."
             )
         others = self.others()
         if others and self.layout.strict:

@@ -18,7 +18,7 @@ def test_held_out_scenes_are_never_in_a_style_set() -> None:
 
 
 def test_an_unknown_style_and_a_used_folder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnknownName, match="no style 'wodcut'.*Did you mean"):
+    with pytest.raises(UnknownName, match=r"no style 'wodcut'.*Did you mean"):
         run_demo("wodcut", tmp_path, say=lambda _: None)
     (tmp_path / "run").mkdir()
     with pytest.raises(DataError, match="--overwrite"):

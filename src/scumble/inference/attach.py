@@ -118,7 +118,7 @@ def load_adapter(
     layers = layers_of(roots)
     done: list[Attached] = []
     # everything that can be wrong with files is found before the first layer is touched
-    read_in = [_read(where, layers, allow_partial, pipeline, roots) for where in paths]
+    read_in = [read_checked(where, layers, allow_partial, pipeline, roots) for where in paths]
     try:
         for (found, notes), how_much, called in zip(read_in, strengths, names, strict=True):
             adapter = Adapter.load(roots, found.state, name=called, strength=how_much)
@@ -188,7 +188,7 @@ def _names(
     return names
 
 
-def _read(
+def read_checked(
     path: str | Path,
     layers: Mapping[LayerPath, nn.Module],
     allow_partial: bool,

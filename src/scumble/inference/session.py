@@ -216,7 +216,7 @@ class Session:
         if known is not None and known.stamp == stamp:
             return known
         layers = layers_of(self.base.roots)
-        found, notes = attach._read(file, layers, self._allow_partial, self._pipeline, self.base.roots)
+        found, notes = attach.read_checked(file, layers, self._allow_partial, self._pipeline, self.base.roots)
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         adapter = Adapter.load(

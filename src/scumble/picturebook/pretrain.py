@@ -625,6 +625,10 @@ def export(work: Path, settings: Recipe, log: Callable[[str], None]) -> None:
     )
     folder = work / "picturebook"
     pipeline.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
+    for file in folder.glob("*/config.json"):  # where the weights lay on the machine that trained them is nobody's affair
+        told = json.loads(file.read_text())
+        told.pop("_name_or_path", None)
+        file.write_text(json.dumps(told, indent=2) + "\n")
     for name in ("vocab.json", "merges.txt"):  # transformers before version 5 reads these
         shutil.copy(work / "base" / "tokenizer" / name, folder / "tokenizer" / name)
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())

@@ -21,7 +21,7 @@ check: setup       ## format, lint, types
 	$(BIN)/mypy src/scumble
 
 test: setup        ## everything that protects the main job
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile  # one thread each: two workers on two cores
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,12 +16,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import httpx
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -29,6 +30,8 @@ from huggingface_hub.errors import (
 from scumble.errors import ModelError
 from scumble.models import FAMILIES, describe_base, hub, load_base
 
+HTTP: Any = sys.modules[HTTPError.__module__.partition(".")[0]]
+"""The HTTP library that huggingface_hub uses."""
 COMMIT = "0123456789012345678901234567890123456789"
 
 
@@ -180,7 +183,7 @@ def test_offline_and_not_cached(server: Server, monkeypatch: pytest.MonkeyPatch)
         (HfHubHTTPError, "can't be downloaded from the Hub: went wrong"),
         (LocalEntryNotFoundError, "the Hub can't be reached"),
         (ConnectionError, "the Hub can't be reached"),
-        (httpx.ReadTimeout, "the Hub can't be reached"),
+        (HTTP.ReadTimeout, "the Hub can't be reached"),
     ],
 )
 def test_every_error_of_the_client_becomes_one_message(
@@ -188,8 +191,8 @@ def test_every_error_of_the_client_becomes_one_message(
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         if issubclass(kind, HfHubHTTPError) and kind is not LocalEntryNotFoundError:
-            request = httpx.Request("GET", "https://huggingface.co/owner/tiny")
-            raise kind("went wrong\nat length", response=httpx.Response(400, request=request))
+            request = HTTP.Request("GET", "https://huggingface.co/owner/tiny")
+            raise kind("went wrong\nat length", response=HTTP.Response(400, request=request))
         raise kind("went wrong")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

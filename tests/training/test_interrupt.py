@@ -22,6 +22,15 @@ def test_the_first_signal_only_asks(number: signal.Signals) -> None:
 
 
 def test_a_second_ctrl_c_acts_as_ever() -> None:
+    # a test run in the background was started with Ctrl-C ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _second_ctrl_c()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _second_ctrl_c() -> None:
     with pytest.raises(KeyboardInterrupt), Interrupt() as wish:
         os.kill(os.getpid(), signal.SIGINT)
         assert wish.asked

@@ -54,10 +54,10 @@ def cached_file(repo: str, file: str) -> Path | None:
 
 
 def _snapshot(repo: str, revision: str | None, patterns: list[str], variant: str | None = None) -> Path:
-    from httpx import HTTPError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
+    HTTPError, _ = client_errors()
     try:
         folder: Any = snapshot_download(repo, revision=revision, allow_patterns=patterns)
     except (HTTPError, HFValidationError, OSError, ValueError) as error:
@@ -65,9 +65,23 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str], variant: str
     return Path(folder)
 
 
+def client_errors() -> tuple[type[Exception], type[Exception]]:
+    """(any error, failure to reach the server) of the HTTP library that the installed huggingface_hub uses.
+
+    That library changed from requests to httpx to httpx2; asking for one by name would fail beside another.
+    """
+    import importlib
+
+    from huggingface_hub import errors
+
+    any_error: type[Exception] = errors.HTTPError
+    library = importlib.import_module(any_error.__module__.partition(".")[0])
+    unreached: type[Exception] = getattr(library, "TransportError", ConnectionError)
+    return any_error, unreached
+
+
 def explain(error: Exception, repo: str, revision: str | None, variant: str | None = None) -> str:
     """One message for what the Hub's client raised, with the next step."""
-    from httpx import TransportError
     from huggingface_hub.constants import is_offline_mode
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -77,6 +91,7 @@ def explain(error: Exception, repo: str, revision: str | None, variant: str | No
         RevisionNotFoundError,
     )
 
+    _, TransportError = client_errors()
     at = f" at revision {revision!r}" if revision else ""
     at += f" in variant {variant!r}" if variant else ""
     if isinstance(error, GatedRepoError):

@@ -625,9 +625,15 @@ def export(work: Path, settings: Recipe, log: Callable[[str], None]) -> None:
     )
     folder = work / "picturebook"
     pipeline.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
-    for file in folder.glob("*/config.json"):  # where the weights lay on the machine that trained them is nobody's affair
+    for file in folder.glob(
+        "*/config.json"
+    ):  # not where the weights lay when they were saved
         told = json.loads(file.read_text())
         told.pop("_name_or_path", None)
+        if (
+            "dtype" in told
+        ):  # transformers 5 would load the text encoder in half precision, beside a UNet in full
+            told["dtype"] = "float32"
         file.write_text(json.dumps(told, indent=2) + "\n")
     for name in ("vocab.json", "merges.txt"):  # transformers before version 5 reads these
         shutil.copy(work / "base" / "tokenizer" / name, folder / "tokenizer" / name)

@@ -40,9 +40,11 @@ class Conditioning:
 
     def map(self, function: Any) -> Conditioning:
         """`function` applied to every tensor."""
-        return Conditioning(
-            *(None if t is None else function(t) for t in (self.tokens, self.pooled, self.mask))
-        )
+
+        def each(tensor: Tensor | None) -> Any:
+            return None if tensor is None else function(tensor)
+
+        return Conditioning(each(self.tokens), each(self.pooled), each(self.mask))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
         """Moved to `device`, floating tensors cast to `dtype`."""
@@ -211,5 +213,6 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().to("cpu", torch.float16).contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

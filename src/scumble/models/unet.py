@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,10 +66,13 @@ class UNetBase(BaseModel):
         self.prediction = prediction_from(self.scheduler.config)
         self.latents = LatentSpace(self.vae)
         self.latent_factor, self.latent_channels = self.latents.factor, self.latents.channels
-        self.resolution, self.size_multiple = sizes(self.unet.config, self.vae.config)
-        self.words = Words(self.tokenizer, self.text_encoder.config.max_position_embeddings)
+        unet_config, vae_config, text_config = (
+            cast(Any, module).config for module in (self.unet, self.vae, self.text_encoder)
+        )
+        self.resolution, self.size_multiple = sizes(unet_config, vae_config)
+        self.words = Words(self.tokenizer, text_config.max_position_embeddings)
         self._fingerprint = parts.fingerprint
-        known, rows = len(self.tokenizer), self.text_encoder.config.vocab_size
+        known, rows = len(self.tokenizer), text_config.vocab_size
         if known > rows:
             raise ModelError(
                 f"The tokenizer of {self.name} has {known} tokens and its text encoder {rows}: they don't "

@@ -625,9 +625,7 @@ def export(work: Path, settings: Recipe, log: Callable[[str], None]) -> None:
     )
     folder = work / "picturebook"
     pipeline.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
-    for file in folder.glob(
-        "*/config.json"
-    ):  # not where the weights lay when they were saved
+    for file in folder.glob("*/config.json"):  # not where the weights lay when they were saved
         told = json.loads(file.read_text())
         told.pop("_name_or_path", None)
         if (

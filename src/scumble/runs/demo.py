@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SETTINGS: dict[str, Any] = {
     "base": "picturebook",
-    "adapter": {"rank": 16},
+    "adapter": {"rank": 16, "targets": "attention+mlp"},
     "data": {"held_out": 4},
     "train": {
         "steps": 500,
@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {
         "preview_every": 250,
         "checkpoint_every": 250,
         "checkpoint_limit": 1,
-        "optimizer": {"learning_rate": 2e-3},
+        "optimizer": {"learning_rate": 1e-3},
         "schedule": {"name": "cosine", "warmup_steps": 20},
     },
 }

@@ -11,7 +11,7 @@ import typer
 def demo(
     style: Annotated[
         str, typer.Argument(help="What to teach: blueprint, woodcut, mosaic or neon.")
-    ] = "woodcut",
+    ] = "blueprint",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for pictures, run and grid.")] = Path(
         "runs/demo"
     ),

@@ -23,13 +23,13 @@ SETTINGS: dict[str, Any] = {
     "adapter": {"rank": 16, "targets": "attention+mlp"},
     "data": {"held_out": 4},
     "train": {
-        "steps": 500,
+        "steps": 700,
         "batch": 8,
-        "held_out_every": 100,
-        "preview_every": 250,
-        "checkpoint_every": 250,
+        "held_out_every": 350,
+        "preview_every": 350,
+        "checkpoint_every": 350,
         "checkpoint_limit": 1,
-        "optimizer": {"learning_rate": 1e-3},
+        "optimizer": {"learning_rate": 3e-3},
         "schedule": {"name": "cosine", "warmup_steps": 20},
     },
 }
@@ -116,7 +116,7 @@ def draw_all(
 
 
 def run_demo(
-    style: str = "woodcut",
+    style: str = "blueprint",
     output: Path = Path("runs/demo"),
     *,
     pictures: int = 12,

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler
-from training_step import DTYPES, RESULTS, build, machine, measure, twin
+from machine import machine
+from training_step import DTYPES, RESULTS, build, measure, twin
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from scumble.adapters import Adapter, LoraSettings
@@ -98,7 +99,7 @@ def main() -> None:
         "what": {"dtype": options.dtype, "pixels": options.pixels, "rank": 4, "batch": 1},
         "script/scumble": {"median": middle, "least": min(ratios), "most": max(ratios)},
         "seconds": seconds,
-        "machine": machine("cpu"),
+        "machine": machine(),
     }
     path = options.output or RESULTS / f"whole_step-{options.dtype}-{options.pixels}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

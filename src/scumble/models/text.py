@@ -62,3 +62,15 @@ class Words:
         # verbose=False: transformers would warn of the very thing that is being counted
         ids: list[list[int]] = self.tokenizer(list(prompts), truncation=False, verbose=False).input_ids
         return ids
+
+
+def byte_symbols() -> dict[int, str]:
+    """Every byte -> a printable character, as in GPT-2's byte-level BPE (Radford et al. 2019)."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    table = {byte: chr(byte) for byte in printable}
+    others = [byte for byte in range(256) if byte not in table]
+    return table | {byte: chr(256 + number) for number, byte in enumerate(others)}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from scumble.models.family import Components
+from scumble.models.text import byte_symbols
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -46,7 +47,7 @@ def tiny_tokenizer(padding: str = END) -> Any:
     English."""
     from transformers import CLIPTokenizer
 
-    symbols = list(_byte_symbols().values())
+    symbols = list(byte_symbols().values())
     merges = ["t h", "th e</w>", "a n", "an d</w>", "o f</w>", "o n</w>"]
     words = [merge.replace(" ", "") for merge in merges]
     vocabulary = [*symbols, *(symbol + "</w>" for symbol in symbols), *words, START, END]
@@ -56,18 +57,6 @@ def tiny_tokenizer(padding: str = END) -> Any:
         pad_token=padding,
         model_max_length=WINDOW,
     )
-
-
-def _byte_symbols() -> dict[int, str]:
-    """Every byte -> a printable character, as in GPT-2's byte-level BPE (Radford et al. 2019)."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    table = {byte: chr(byte) for byte in printable}
-    others = [byte for byte in range(256) if byte not in table]
-    return table | {byte: chr(256 + number) for number, byte in enumerate(others)}
 
 
 def tiny_components(name: str, sizes: TinySizes, seed: int) -> Components:

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from scumble.errors import ConfigError
+from scumble.models.text import byte_symbols
 from scumble.picturebook import captions, scenes
 from scumble.picturebook.draw import doodle, draw
 from scumble.picturebook.train_oracle import train_oracle
@@ -162,10 +163,7 @@ def draw_pictures(work: Path, settings: Recipe, log: Callable[[str], None]) -> N
 
 def byte_alphabet() -> list[str]:
     """256 printable characters, one for each byte (GPT-2's table): any string becomes known symbols."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    symbols = {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
-    return [symbols[b] for b in [*printable, *others]]
+    return list(byte_symbols().values())
 
 
 def learn_merges(words: collections.Counter[str], count: int) -> list[tuple[str, str]]:

@@ -76,7 +76,7 @@ def main() -> None:
         "peft": peft_step(twin(unet), loss, options.rank),
     }
     seconds = measure(steps, options.repeats, options.warmup, device)
-    report(options, seconds, size)
+    report(options, seconds, size, peaks(steps, device))
 
 
 def arguments() -> argparse.Namespace:
@@ -190,7 +190,24 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def report(options: argparse.Namespace, seconds: dict[str, list[float]], size: int) -> None:
+def peaks(steps: dict[str, Step], device: torch.device) -> dict[str, float]:
+    """GiB that each step takes at its peak above what lay on the device before it; GPUs only."""
+    if device.type != "cuda":
+        return {}
+    above = {}
+    for name, step in steps.items():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        above[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
+        print(f"peak above the weights  {name:8} {above[name]:.3f} GiB")
+    return above
+
+
+def report(
+    options: argparse.Namespace, seconds: dict[str, list[float]], size: int, above: dict[str, float]
+) -> None:
     """Print the ratios' median and spread, and write everything as JSON."""
     pairs = {
         "scumble/floor": ("scumble", "floor"),
@@ -218,12 +235,13 @@ def report(options: argparse.Namespace, seconds: dict[str, list[float]], size: i
         "machine": machine()
         | {"threads": torch.get_num_threads(), "load_at_end": round(os.getloadavg()[0], 2)},
         "median_seconds": medians,
+        **({"peak_gib_above_weights": above} if above else {}),
         "ratios": ratios,
         "seconds": seconds,
     }
     path = (
         options.output
-        or RESULTS / f"training_step-{options.shape}-{options.dtype}-{size}-{options.device}.json"
+        or RESULTS / f"training_step-{options.shape}-{options.dtype}-{size}-b{options.batch}-{options.device}.json"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")

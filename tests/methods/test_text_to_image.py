@@ -10,7 +10,8 @@ import torch
 from scumble.adapters.lora import LoraSettings
 from scumble.errors import NoEffect, NoLayerMatches, TrainingError, UnknownName
 from scumble.methods.method import METHODS
-from scumble.methods.text_to_image import HELD_OUT_LEVELS, HeldOutLoss, text_to_image
+from scumble.methods.parts import HELD_OUT_LEVELS, HeldOutLoss
+from scumble.methods.text_to_image import text_to_image
 from scumble.models import FAMILIES
 from scumble.training.settings import TrainSettings
 from tests.training.world import make_plan

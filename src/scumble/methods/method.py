@@ -8,13 +8,30 @@ from typing import TYPE_CHECKING, Protocol
 
 from scumble.registry import Registry
 from scumble.rng import Streams
+from scumble.settings import Settings
 from scumble.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from scumble.adapters.delta import DeltaSettings
     from scumble.data.record import Batch, Batches
+    from scumble.data.settings import DataSettings
     from scumble.models.family import BaseModel
     from scumble.training.plan import Plan
+
+
+class NoSettings(Settings):
+    """A method that needs to be told nothing."""
+
+
+class OpenBatches(Protocol):
+    """Opens another dataset beside the one that is trained on, encoded by the same base: class pictures, say."""
+
+    def __call__(self, data: DataSettings, *, batch_size: int, text_embeddings: bool) -> Batches:
+        """`text_embeddings`: whether batches carry the text's embeddings; else the objective encodes captions.
+
+        Raises:
+            DataError: the pictures or captions can't be trained on.
+        """
 
 
 @dataclass(frozen=True)
@@ -29,8 +46,8 @@ class Ingredients:
     """Family, rank, alpha, ..."""
     targets: str | Sequence[str]
     """Which layers (see `adapters.targets`)."""
-    batches: Batches
-    """What is trained on."""
+    batches: Batches | None
+    """What is trained on; None for a method that needs no pictures."""
     train: TrainSettings
     streams: Streams = Streams(0)  # noqa: RUF009 - a frozen value
     within: Sequence[str] | None = None
@@ -41,6 +58,12 @@ class Ingredients:
     """Pictures kept out of training, each once."""
     settings: str = ""
     """The whole run configuration as JSON, for the file's header."""
+    options: Settings = NoSettings()  # noqa: RUF009 - a frozen value
+    """The method's own section of the settings."""
+    data: DataSettings | None = None
+    """How `batches` was opened."""
+    open_batches: OpenBatches | None = None
+    """Opens further datasets."""
 
 
 class Method(Protocol):
@@ -50,6 +73,12 @@ class Method(Protocol):
     """
 
     name: str
+    settings: type[Settings]
+    """What it can be told: the section of a run's settings that bears its name, with underscores."""
+    needs_pictures: bool
+    """Whether a run must say which pictures it trains on."""
+    trains_text: bool
+    """Whether the text's embeddings change while it trains, whatever the targets are: they are not cached then."""
 
     def plan(self, ingredients: Ingredients) -> Plan:
         """Inject what trains, and say what to do with it.

@@ -73,16 +73,23 @@ class Scheduled(Prediction):
     def __init__(self, alphas_cumprod: Tensor) -> None:
         """`alphas_cumprod` (T,): squared signal factor of each step, decreasing."""
         self.alphas_cumprod = alphas_cumprod.detach().to("cpu", torch.float32)
+        self._on_device = {torch.device("cpu"): self.alphas_cumprod}
 
     @property
     def steps(self) -> int:
         return len(self.alphas_cumprod)
 
+    def _squared_signal(self, t: Tensor) -> Tensor:
+        # kept where it is used: a copy at every step would make the host wait for the device
+        if t.device not in self._on_device:
+            self._on_device[t.device] = self.alphas_cumprod.to(t.device)
+        return self._on_device[t.device][t.long()]
+
     def signal(self, t: Tensor) -> Tensor:
-        return self.alphas_cumprod.to(t.device)[t.long()].sqrt()
+        return self._squared_signal(t).sqrt()
 
     def noise(self, t: Tensor) -> Tensor:
-        return (1 - self.alphas_cumprod.to(t.device)[t.long()]).sqrt()
+        return (1 - self._squared_signal(t)).sqrt()
 
     def from_uniform(self, u: Tensor) -> Tensor:
         return (u * self.steps).long().clamp(0, self.steps - 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import torch
 from scumble.adapters.targets import resolve
 from scumble.data.check import DataReport, check
 from scumble.data.loader import Loader, no_progress, still_batches
+from scumble.data.settings import DataSettings
 from scumble.data.sources import open_dataset
 from scumble.data.split import split
 from scumble.errors import ModelError
@@ -32,6 +33,7 @@ from scumble.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from scumble.data.check import TokenCounter
+    from scumble.data.record import Batch
 
 Progress = Callable[[int, int, str], None]
 
@@ -47,14 +49,16 @@ class Built:
     plan: Plan
     train: TrainSettings
     streams: Streams
-    loader: Loader
+    loaders: tuple[Loader, ...]
+    """Every dataset that is trained on; the first is `config.data`."""
     previewer: Previewer | None
     notes: tuple[str, ...] = ()
     """What was assumed of the base and the data, each as a sentence."""
 
 
-def check_data(config: RunConfig, *, progress: Progress = no_progress) -> tuple[BaseFacts, DataReport]:
-    """The base's configuration and every picture and caption, looked at before a model is loaded.
+def check_data(config: RunConfig, *, progress: Progress = no_progress) -> tuple[BaseFacts, DataReport | None]:
+    """The base's configuration and every picture and caption (None without pictures), looked at before a model is
+    loaded.
 
     Raises:
         ModelError: there is no such base, or it can't be trained.
@@ -63,6 +67,8 @@ def check_data(config: RunConfig, *, progress: Progress = no_progress) -> tuple[
     facts = describe_base(config.base, revision=config.revision, variant=config.variant)
     if facts.problems:
         raise ModelError("\n".join(facts.problems))
+    if config.data is None:
+        return facts, None
     report = check(
         config.data,
         resolution=facts.resolution or 512,
@@ -96,46 +102,55 @@ def build(config: RunConfig, *, device: torch.device, processes: int = 1) -> Bui
 
     base = load()
     streams = Streams(config.train.seed)
-    parts = split(
-        open_dataset(config.data, seed=config.train.seed),
-        config.data.held_out,
-        config.train.seed,
-        workers=config.data.workers,
-    )
-    roots = {path.partition(".")[0] for path in resolve(base.roots, config.adapter.targets).layers}
-    denoiser = next(iter(base.roots))
-    loader = Loader(
-        parts.train,
-        base,
-        config.data,
-        batch_size=config.train.batch,
-        seed=config.train.seed,
-        text_embeddings=roots <= {denoiser},
-    )
-    held_out = (
-        still_batches(parts.held_out, base, config.data, batch_size=config.train.batch, cache=loader.cache)
-        if len(parts.held_out)
-        else ()
-    )
-    train = config.train
+    train, seed = config.train, config.train.seed
+    method = METHODS.get(config.method)
+    loaders: list[Loader] = []
+    held_out: Sequence[Batch] = ()
+    notes: tuple[str, ...] = ()
+
+    def open_batches(data: DataSettings, *, batch_size: int, text_embeddings: bool) -> Loader:
+        dataset = open_dataset(data, seed=seed)
+        loaders.append(
+            Loader(dataset, base, data, batch_size=batch_size, seed=seed, text_embeddings=text_embeddings)
+        )
+        return loaders[-1]
+
+    if config.data is not None:
+        parts = split(
+            open_dataset(config.data, seed=seed), config.data.held_out, seed, workers=config.data.workers
+        )
+        roots = {path.partition(".")[0] for path in resolve(base.roots, config.adapter.targets).layers}
+        cached = roots <= {next(iter(base.roots))} and not method.trains_text
+        loader = Loader(
+            parts.train, base, config.data, batch_size=train.batch, seed=seed, text_embeddings=cached
+        )
+        loaders.append(loader)
+        notes = tuple(parts.notes)
+        if len(parts.held_out):
+            held_out = still_batches(
+                parts.held_out, base, config.data, batch_size=train.batch, cache=loader.cache
+            )
     if config.preview.prompts and not train.preview_every:  # pictures at the end are part of every result
         train = train.model_copy(update={"preview_every": train.steps})
-    plan = METHODS.get(config.method).plan(
+    plan = method.plan(
         Ingredients(
             base=base,
             fresh=load,
             adapter=config.adapter,
             targets=config.adapter.targets,
-            batches=loader,
+            batches=loaders[0] if loaders else None,
             train=train,
             streams=streams,
             held_out=held_out,
             settings=config.model_dump_json(),
+            options=config.options,
+            data=config.data,
+            open_batches=open_batches,
         )
     )
-    plan = dataclasses.replace(plan, facts=_facts(config, plan, loader, processes))
-    notes = (*getattr(base, "notes", ()), *parts.notes)
-    return Built(base, plan, train, streams, loader, _previewer(config, base), notes)
+    plan = dataclasses.replace(plan, facts=_facts(config, plan, loaders, processes))
+    notes = (*getattr(base, "notes", ()), *notes)
+    return Built(base, plan, train, streams, tuple(loaders), _previewer(config, base), notes)
 
 
 def _previewer(config: RunConfig, base: BaseModel) -> Previewer | None:
@@ -154,27 +169,32 @@ def _previewer(config: RunConfig, base: BaseModel) -> Previewer | None:
             height=size,
         )
         for prompt in wanted.prompts
-        for size in [config.data.resolution]  # None is the base's own; else pictures as they are trained
+        for size in [
+            config.data.resolution if config.data else None
+        ]  # None is the base's own; else pictures as they are trained
     ]
     return Previewer(base, requests, config.output / PREVIEWS)
 
 
-def _facts(config: RunConfig, plan: Plan, loader: Loader, processes: int) -> Mapping[str, object]:
+def _facts(config: RunConfig, plan: Plan, loaders: Sequence[Loader], processes: int) -> Mapping[str, object]:
     """What a person is told before the start: the method's own facts, and the arithmetic of the run."""
     train = config.train
     size = {"batch": train.batch, "accumulate": train.accumulate, "processes": processes}
-    facts: dict[str, Any] = {n: v for n, v in plan.facts.items() if n != "pictures per step and process"}
+    facts: dict[str, Any] = dict(plan.facts)
     parameters = facts.get("parameters")
     if isinstance(parameters, int):
         facts["file bytes"] = BYTES[config.save.dtype] * parameters
     facts |= {
         "trains": ", ".join(trainable.name for phase in plan.phases for trainable in phase.trainables),
-        "batches an epoch": batches_per_epoch(loader.samples, train.batch, processes),
-        "epochs": round(epochs_of(train.steps, loader.samples, **size), 2),
         "pictures a step": train.batch * train.accumulate * processes,
-        "shapes": ", ".join(f"{width}x{height}" for height, width in loader.groups),
         "precision": train.precision,
     }
+    for loader in loaders[:1]:
+        facts |= {
+            "batches an epoch": batches_per_epoch(loader.samples, train.batch, processes),
+            "epochs": round(epochs_of(train.steps, loader.samples, **size), 2),
+            "shapes": ", ".join(f"{width}x{height}" for height, width in loader.groups),
+        }
     return facts
 
 
@@ -200,6 +220,7 @@ def steps_of_epochs(config: RunConfig, epochs: float, processes: int = 1) -> int
     Raises:
         DataError: there is no such dataset.
     """
+    assert config.data is not None, f'method "{config.method}" has no pictures to count epochs by'
     dataset = open_dataset(config.data, seed=config.train.seed)
     pictures = sum(record.repeats for record in dataset.records)
     held_out = config.data.held_out

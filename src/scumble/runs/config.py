@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
 from scumble.adapters.lora import LoraSettings
 from scumble.data.settings import DataSettings
 from scumble.errors import UnknownName
+from scumble.methods.method import METHODS, NoSettings
 from scumble.runs.hub import HubSettings
 from scumble.settings import Settings
 from scumble.training.settings import TrainSettings
@@ -58,8 +59,8 @@ class SaveSettings(Settings):
         return value
 
 
-class RunConfig(Settings):
-    """A whole run."""
+class _Common(Settings):
+    """What every run is told, whatever its method."""
 
     base: str
     """The base model: "picturebook", a Hub id, a folder in diffusers' layout, or a .safetensors
@@ -72,7 +73,7 @@ class RunConfig(Settings):
     """What the base predicts. Unset: what its scheduler's configuration says. Set it only for a base that
     says wrong."""
     method: str = "text-to-image"
-    """How it is taught."""
+    """How it is taught. A method's own settings stand in the section of its name, e.g. [textual_inversion]."""
     output: Path
     """Folder of the run: settings, log, checkpoints, adapter, model card, report, previews."""
     device: str | None = None
@@ -82,7 +83,7 @@ class RunConfig(Settings):
     kept."""
     adapter: AdapterSettings = AdapterSettings()
     """What is trained: the adapter's family and size, and the layers it changes."""
-    data: DataSettings
+    data: DataSettings | None = None
     """Which pictures and words are trained on, and how they are shown."""
     train: TrainSettings = TrainSettings()
     """How long, how much at once, how precisely."""
@@ -101,8 +102,6 @@ class RunConfig(Settings):
     @field_validator("method")
     @classmethod
     def _known_method(cls, value: str) -> str:
-        from scumble.methods.method import METHODS
-
         if value not in METHODS:
             raise ValueError(str(UnknownName("method", value, METHODS.names())))
         return value
@@ -117,14 +116,46 @@ class RunConfig(Settings):
                 raise ValueError(str(UnknownName("tracker", name, SINKS.names())))
         return value
 
+    @property
+    def options(self) -> Settings:
+        """The method's own settings."""
+        return getattr(self, section(self.method), None) or NoSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_section_only(cls, given: Any) -> Any:
+        """The method's section is there, if only with its defaults; another method's would do nothing."""
+        if not isinstance(given, dict) or (method := given.get("method", "text-to-image")) not in METHODS:
+            return given
+        for name in METHODS:
+            if name != method and given.get(section(name)) is not None:
+                raise ValueError(
+                    f'[{section(name)}] are the settings of method = "{name}", but this run\'s method is '
+                    f'"{method}": they would have no effect. Change the method, or remove the section.'
+                )
+        if section(method) in cls.model_fields and given.get(section(method)) is None:
+            return {**given, section(method): {}}
+        return given
+
     @model_validator(mode="after")
-    def _every_setting_has_an_effect(self) -> RunConfig:
+    def _pictures_where_they_are_needed(self) -> _Common:
+        needs = METHODS.get(self.method).needs_pictures
+        if needs and self.data is None:
+            raise ValueError("data is not set: name the pictures, e.g. data.images=pictures/")
+        if not needs and self.data is not None:
+            raise ValueError(
+                f'method = "{self.method}" learns without pictures: [data] would have no effect.'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _every_setting_has_an_effect(self) -> _Common:
         if self.train.preview_every and not self.preview.prompts:
             raise ValueError(
                 f"train.preview_every = {self.train.preview_every} draws nothing without preview.prompts. "
                 'Give at least one prompt, e.g. preview.prompts=["a red fox"].'
             )
-        if self.train.held_out_every and not self.data.held_out:
+        if self.train.held_out_every and not (self.data and self.data.held_out):
             raise ValueError(
                 f"train.held_out_every = {self.train.held_out_every} measures nothing: no picture is held out. "
                 "Set data.held_out to a fraction or a count, e.g. data.held_out=0.1."
@@ -132,3 +163,30 @@ class RunConfig(Settings):
         if not self.hub.push and (self.hub.id is not None or self.hub.private is not None):
             raise ValueError("hub.id and hub.private have no effect without hub.push = true.")
         return self
+
+
+def section(method: str) -> str:
+    """The section of a method's own settings."""
+    return method.replace("-", "_")
+
+
+def _sections() -> dict[str, Any]:
+    """A field for each method that can be told something."""
+    found: dict[str, Any] = {}
+    for name in METHODS:
+        settings = METHODS.get(name).settings
+        if settings is not NoSettings:
+            about = (settings.__doc__ or "").strip().splitlines()[0]
+            found[section(name)] = (settings | None, Field(None, description=f'method = "{name}". {about}'))
+    return found
+
+
+if TYPE_CHECKING:
+
+    class RunConfig(_Common):
+        """A whole run."""
+
+else:
+    RunConfig = create_model(
+        "RunConfig", __base__=_Common, __module__=__name__, __doc__="A whole run.", **_sections()
+    )

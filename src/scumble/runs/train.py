@@ -112,7 +112,8 @@ def train(
 
             with progress("checking", quiet) as told:
                 _, report = check_data(config, progress=told)
-            say_data(report, say)
+            if report is not None:
+                say_data(report, say)
         accelerator.wait_for_everyone()
         stack.pop_all()  # from here on the loop closes the sinks
     for note in notes:
@@ -162,8 +163,9 @@ def _run(
     per_step = config.train.batch * config.train.accumulate * accelerator.num_processes
     visits = (config.train.steps - first) * per_step
     with progress("encoding", quiet or not main) as told:
-        few = visits < built.loader.samples * 8
-        built.loader.prepare(first=first * per_step, visits=visits if few else None, progress=told)
+        for loader in built.loaders:
+            few = visits < loader.samples * 8
+            loader.prepare(first=first * per_step, visits=visits if few else None, progress=told)
     if main:
         if overwrite:
             folder.clear()
@@ -259,8 +261,8 @@ def card_facts(
     common = {
         "name": name,
         "base": config.base,
-        "dataset": config.data.images,
-        "prompt": config.data.caption or "",
+        "dataset": config.data.images if config.data else "",
+        "prompt": (config.data.caption or "") if config.data else "",
         "method": config.method,
         "settings": dump(config, changed_only=True),
         "file": folder.layout.adapter,

@@ -5,7 +5,7 @@ take turns, so that whatever else the machine does falls on all alike. What is c
 repetition.
 
     floor     frozen forward, backward to a leaf at the first attn1: what any adapter there must pay
-    scumble   rank 4 on the attention layers: forward, backward, optimizer
+    scumble   rank 4 on the attention layers: forward, backward, optimizer; with its choice of attention kernels
     peft      the same layers with peft
 
     python benchmarks/training_step.py --dtype bf16 --size 64 --repeats 7
@@ -32,6 +32,7 @@ from diffusers import UNet2DConditionModel
 from machine import machine
 
 from scumble.adapters import Adapter, LoraSettings
+from scumble.models.attention import set_attention
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -135,7 +136,8 @@ def floor_step(unet: UNet2DConditionModel, loss: Loss) -> Step:
 
 
 def scumble_step(unet: UNet2DConditionModel, loss: Loss, rank: int) -> Step:
-    """A whole optimizer step with scumble's LoRA."""
+    """A whole optimizer step with scumble's LoRA, and the attention that scumble gives its bases."""
+    set_attention(unet, "auto")
     adapter = Adapter.inject({"unet": unet}, "attention", LoraSettings(rank=rank))
     return optimizing(unet, loss, list(adapter.parameters()))
 

@@ -24,6 +24,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": {"adapters", "models", "formats", "data", "training"},
     "picturebook": {"models"},
     "runs": {"adapters", "models", "formats", "data", "inference", "training", "methods", "picturebook"},
+    "evaluation": {
+        "adapters",
+        "models",
+        "formats",
+        "data",
+        "inference",
+        "training",
+        "methods",
+        "picturebook",
+        "runs",
+    },
     "cli": {
         "adapters",
         "models",
@@ -34,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "methods",
         "picturebook",
         "runs",
+        "evaluation",
     },
 }
 #: single modules that may do what their room may not

@@ -59,3 +59,14 @@ def test_the_schema_describes_every_setting(capsys: pytest.CaptureFixture[str]) 
     for name, definition in schema["$defs"].items():
         lacking += undescribed(definition, name)
     assert not lacking, "a setting is written once, with its text"
+
+
+def test_new_writes_the_settings_of_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, _ = run(["config", "new", "--family", "lokr"], capsys)
+    assert code == 0 and 'family = "lokr"' in text and "# factor =" in text
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    code, resolved, _ = run(["config", "check", str(file), "adapter.factor=8"], capsys)
+    assert code == 0 and "factor = 8" in resolved
+    code, _, err = run(["config", "new", "--family", "lokt"], capsys)
+    assert code == 2 and 'Did you mean "lokr"' in err

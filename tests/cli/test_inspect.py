@@ -45,6 +45,7 @@ def test_it_says_what_the_file_holds(tmp_path: Path) -> None:
     ):
         assert said in text
     assert "xxx..." in text and "x" * 300 not in text
+    assert "norm of the change" in text and "\u2588" in text  # a bar for every block
 
 
 def test_a_file_that_is_not_known_is_an_error(tmp_path: Path) -> None:
@@ -73,6 +74,7 @@ def test_against_a_base(tmp_path: Path) -> None:
     }
     code, text = run(write(AdapterState(layers), tmp_path / "a"), "--against", folder)
     assert code == 0 and f"{len(layers)}/{len(layers)} unet layers, 0 unused tensors" in text
+    assert "effect at strength 1: the denoiser's outputs move by" in text and "does nothing" not in text
     stranger = {
         "unet.nowhere": LayerState("lora", 1, 1.0, {"down": torch.ones(1, 3), "up": torch.ones(3, 1)})
     }

@@ -49,11 +49,14 @@ def test_a_sheet_shows_pictures_of_held_out_prompts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from scumble.models import FAMILIES, loading
+    from scumble.picturebook.draw import contact_sheet
 
     monkeypatch.setattr(loading, "load_base", lambda *_, **__: FAMILIES.get("sd1").tiny())
     file = tmp_path / "sub" / "sheet.png"
     code, out, err = run(["sheet", str(file), "--count", "5", "--columns", "3", "--steps", "2"], capsys)
     assert code == 0, err
     side = FAMILIES.get("sd1").tiny().resolution
-    assert Image.open(file).size == (3 * (side + 4) + 4, 2 * (side + 4) + 4)
+    page = Image.open(file)
+    assert page.size == contact_sheet([Image.new("RGB", (side, side))] * 5, 3).size
+    assert page.getcolors(1 << 20) and len(page.getcolors(1 << 20) or []) > 50, "pictures, and no empty page"
     assert "5 pictures" in out

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
+from torch import nn
 
+from scumble.adapters.delta import DeltaSettings
+from scumble.adapters.families import FAMILIES
 from scumble.adapters.state import AdapterState, LayerState, Metadata
 
 BLOCK = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
@@ -40,6 +43,22 @@ def layer(
         "up": torch.randn(out, rank, *(1 for _ in inner[1:]), generator=generator),
     }
     return LayerState("lora", rank, float(rank) if alpha is None else alpha, tensors, rank_stabilized)
+
+
+def of_family(settings: DeltaSettings, paths: Iterable[str] = tuple(SHAPES), seed: int = 0) -> AdapterState:
+    """A random adapter of the settings' family on `paths`, as it would be trained."""
+    family, generator = FAMILIES.get(settings.family), torch.Generator().manual_seed(seed)
+    layers = {}
+    for path in paths:
+        out, inner, *kernel = SHAPES[path]
+        base = nn.Conv2d(inner, out, kernel[0]) if kernel else nn.Linear(inner, out)
+        alpha = float(settings.rank) if settings.alpha is None else settings.alpha
+        delta = family.fresh(base, settings, rank=settings.rank, alpha=alpha, generator=generator)
+        with torch.no_grad():
+            for parameter in delta.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
+        layers[path] = delta.state()
+    return AdapterState(layers)
 
 
 def adapter(

@@ -51,6 +51,15 @@ def test_the_unused_three_of_0_16_are_set_aside_and_said(tmp_path: Path) -> None
     assert "6 tensors of this dialect carry nothing" in found.report
 
 
+def test_files_of_0_19_hold_the_next_dialect_in_their_text_encoder(tmp_path: Path) -> None:
+    tensors = pair(f"unet.{PROCESSOR}.to_out_lora", OUT)
+    tensors |= pair(f"{CLASSIC}.q_proj.lora_linear_layer", f"{CLIP}.q_proj")
+    save(TensorFile(tensors), tmp_path / "a.safetensors")
+    found = read(tmp_path, ATTENTION)
+    assert found.dialect == "attention-processors"
+    assert set(found.state.layers) == {OUT, f"{CLIP}.q_proj"} and not found.unused
+
+
 def test_todays_diffusers_reads_what_we_write() -> None:
     """Its own table of old names leads to the layers that we meant."""
     from diffusers.utils import convert_unet_state_dict_to_peft
@@ -73,7 +82,7 @@ def test_todays_diffusers_reads_what_we_write() -> None:
 def test_what_it_can_not_hold_is_refused_and_diffusers_is_named(
     how: dict[str, float], path: str, why: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(CannotRepresent, match=rf"{why}.*Write it as diffusers\.$"):
+    with pytest.raises(CannotRepresent, match=rf"{why}.*Write it as diffusers or kohya or peft\.$"):
         write(adapter([path], **how), tmp_path, "attention-processors")
     assert not list(tmp_path.iterdir())
 

@@ -127,21 +127,33 @@ def test_a_linear_layer_and_a_1x1_convolution_are_one_thing(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("lora_unet_down_blocks_0_attn1_to_q.lora_down.weight", "kohya"),
-        ("lora_te1_text_model.lora_down.weight", "kohya"),
-        ("base_model.model.down_blocks.0.to_q.lora_A.weight", "peft"),
-        ("diffusion_model.input_blocks.1.1.to_q.lora_A.weight", "ComfyUI"),
+        ("oft_te_text_model.unheard_of", "kohya or LyCORIS adapter of another family"),
+        ("lora_te3_encoder_block_0.lora_down.weight", "kohya adapter for another kind of base"),
+        ("diffusion_model.input_blocks.1.1.to_q.unheard_of", "ComfyUI"),
         ("model.diffusion_model.input_blocks.0.0.weight", "whole Stable Diffusion checkpoint"),
         ("down_blocks.0.resnets.0.conv1.weight", "whole UNet"),
-        ("unet:0:up", "cloneofsimo"),
-        ("<dog>", "textual-inversion"),
         ("something.else", "no adapter that is known"),
     ],
 )
 def test_other_dialects_are_refused_by_name(name: str, said: str, tmp_path: Path) -> None:
     save(TensorFile({name: torch.ones(4, 4)}), tmp_path / "a.safetensors")
-    with pytest.raises(UnknownFormat, match=rf"{said}.*This version reads: attention-processors, diffusers"):
+    with pytest.raises(UnknownFormat, match=rf"{said}.*This version reads: attention-processors, .*kohya"):
         detect(tmp_path)
+
+
+def test_what_is_for_a_transformer_is_refused_as_that(tmp_path: Path) -> None:
+    save(
+        TensorFile({f"transformer.blocks.0.to_q.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}),
+        tmp_path / "a.safetensors",
+    )
+    with pytest.raises(UnusedTensors, match=r"speaks of transformer \(a diffusion transformer such as Flux"):
+        read(tmp_path, SHAPES)
+    for name in ("lora_unet_double_blocks_0_img_attn_qkv", "diffusion_model.double_blocks.0.img_attn.qkv"):
+        tensors = {f"{name}.lora_{part}.weight": torch.ones(4, 4) for part in ("down", "up")}
+        save(TensorFile(tensors), tmp_path / "a.safetensors")
+        for layers in (SHAPES, None):
+            with pytest.raises(WrongBase, match="diffusion transformer"):
+                read(tmp_path, layers)
 
 
 def test_writing_refuses_pickles_unknown_dialects_and_nothing(tmp_path: Path) -> None:

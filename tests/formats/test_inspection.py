@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from scumble.adapters.families import FAMILIES
 from scumble.adapters.state import AdapterState, Metadata
 from scumble.errors import UnknownFormat
 from scumble.formats import TensorFile, inspect, write
 from scumble.formats.container import save
-from scumble.formats.inspection import change_norm
+from scumble.formats.inspection import blocks_of, change_norm
 from tests.formats.adapters_of import ATTENTION, SHAPES, adapter, layer
 
 
@@ -22,6 +23,25 @@ def test_the_norm_is_that_of_the_whole_change(path: str, stabilized: bool) -> No
     one = layer(path, 3, 2.0, stabilized)
     whole = one.scale * one.tensors["up"].flatten(1) @ one.tensors["down"].flatten(1)
     assert change_norm(one) == pytest.approx(whole.norm().item(), rel=1e-5)
+
+
+def test_the_norm_of_every_family_is_that_of_its_weight_delta() -> None:
+    base = torch.nn.Linear(12, 10, bias=False).requires_grad_(False)
+    for name in FAMILIES:
+        family = FAMILIES.get(name)
+        rng = torch.Generator().manual_seed(0)
+        delta = family.fresh(base, family.settings(rank=2), rank=2, alpha=2.0, generator=rng)
+        with torch.no_grad():
+            for parameter in delta.parameters():
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=rng))
+        state, whole = delta.state(), delta.weight_delta(base.weight).norm().item()
+        assert change_norm(state, base.weight) == pytest.approx(whole, rel=1e-4), name
+        assert change_norm(state) in (None, pytest.approx(whole, rel=1e-4))
+        one = AdapterState({"unet.conv_in": state})
+        alone, beside = blocks_of(one)[0].norm, blocks_of(one, {"unet.conv_in": base.weight})[0].norm
+        assert beside == pytest.approx(whole, rel=1e-4) and alone in (None, pytest.approx(whole, rel=1e-4))
+    dora = FAMILIES.get("dora").fresh(base, FAMILIES.get("dora").settings(), rank=2, alpha=2.0, generator=rng)
+    assert blocks_of(AdapterState({"unet.conv_in": dora.state()}))[0].norm is None
 
 
 def test_a_change_of_zero_has_norm_zero() -> None:
@@ -70,6 +90,6 @@ def test_what_was_assumed_is_said(tmp_path: Path) -> None:
 
 
 def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
-    save(TensorFile({"lora_unet_a.hada_w1_a": torch.ones(2, 2)}), tmp_path / "a.safetensors")
-    with pytest.raises(UnknownFormat):
+    save(TensorFile({"model.layers.0.weight": torch.ones(2, 2)}), tmp_path / "a.safetensors")
+    with pytest.raises(UnknownFormat, match=r"model\.layers\.0\.weight"):
         inspect(tmp_path)

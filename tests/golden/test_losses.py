@@ -43,18 +43,60 @@ CASES: dict[str, dict[str, Any]] = {
         ),
     )
 }
+PRIOR = {"class_prompt": "a dog", "prior_weight": 0.5}
+CASES |= {
+    f"dreambooth-{name}": {"family": "sd1", "train": PLAIN, "method": "dreambooth", "options": options}
+    for name, options in (
+        ("prior-images", {"prior": "images", **PRIOR}),
+        ("prior-prediction", {"prior": "prediction", **PRIOR}),
+        (
+            "text-encoder",
+            {"train_text_encoder": True, "text_encoder_until": 0.5, "text_encoder_learning_rate": 1e-3},
+        ),
+    )
+}
+WORD = {"placeholders": "picture", "vectors": 2}  # the tiny base's captions are "picture 0", "picture 1", ...
+CASES |= {
+    name: {"family": "sd1", "train": PLAIN, "method": method, "options": {**WORD, **options}}
+    for name, method, options in (
+        ("textual-inversion", "textual-inversion", {"initial": "the"}),
+        ("pivotal", "pivotal", {"inversion_steps": 5}),
+        ("pivotal-joint", "pivotal", {"inversion_steps": 5, "joint": True, "train_text_encoder": True}),
+    )
+}
+CASES["slider"] = {
+    "family": "sd1",
+    "train": PLAIN | {"held_out_every": 0},  # it learns without pictures, so none are held out
+    "method": "slider",
+    "options": {
+        "positive": "a big fox",
+        "negative": "a small fox",
+        "neutral": "a fox",
+        "preserve": ("in the snow", "at night"),
+        "eta": 20.0,
+        "paths": 3,
+        "path_steps": 4,
+    },
+}
 
 
 def measure(case: str, folder: Path) -> dict[str, Any]:
     settings = TrainSettings.model_validate(CASES[case]["train"])
-    plan, _ = make_plan(settings, family=CASES[case]["family"], adapter=LoraSettings(rank=4), held_out=True)
+    plan, _ = make_plan(
+        settings,
+        family=CASES[case]["family"],
+        adapter=LoraSettings(rank=4),
+        held_out=True,
+        method=CASES[case].get("method", "text-to-image"),
+        options=CASES[case].get("options"),
+    )
     listener = Listener()
     train(plan, folder, settings, [listener], Streams(settings.seed))
-    steps, (held,) = listener.all(StepDone), listener.all(HeldOut)
+    steps, held = listener.all(StepDone), listener.all(HeldOut)
     return {
         "losses": [event.loss for event in steps],
         "gradient norms": [event.gradient_norm for event in steps],
-        "held out": [held.adapter, held.base],
+        "held out": [loss for event in held for loss in (event.adapter, event.base)],
     }
 
 

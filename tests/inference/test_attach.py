@@ -243,7 +243,9 @@ def test_another_base_of_the_same_family_is_said_and_not_refused(pipe: Any, tmp_
     notes = load_adapter(pipe, tmp_path, quiet=True).notes
     assert len(notes) == 2
     assert "predicts v_prediction; this pipeline's scheduler says epsilon" in notes[0]
-    assert "far (weights ffffffffffff); this base has other weights" in notes[1]
+    assert notes[1].startswith(
+        "It was trained on far (weights ffffffffffff), and is loaded on this base, which has other weights ("
+    )
     unload_adapters(pipe)
 
 

@@ -87,6 +87,15 @@ def test_a_silent_adapter_says_how_to_name_a_base(tmp_path: Path, silent: bytes,
         find_base(path)
 
 
+def test_a_silent_adapter_says_what_its_shapes_betray(tmp_path: Path) -> None:
+    from scumble.formats import write as write_adapter
+    from tests.formats.adapters_of import ATTENTION, adapter
+
+    file = write_adapter(adapter(ATTENTION), tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match=r"By its shapes it is for SD 1\.x\. Name the base with --base"):
+        find_base(file)
+
+
 def test_several_bases_are_listed_and_bad_yaml_is_named(tmp_path: Path, silent: bytes) -> None:
     path = write(tmp_path, silent, "---\nbase_model: [a/one, b/two]\n---\n")
     with pytest.raises(ModelError, match="names 2 bases: a/one, b/two"):
@@ -126,6 +135,8 @@ def test_on_the_hub_the_only_weights_file_is_taken(hub: Hub, silent: bytes) -> N
     assert locate("painter/fox").name == "fox.safetensors"
     with pytest.raises(ModelError, match=r"README\.md on the Hub has no base_model"):
         find_base("painter/fox")
+    hub.repos["painter/words"] = {"fox.safetensors": silent, "learned_embeds.safetensors": b"x"}
+    assert locate("painter/words").name == "fox.safetensors", "the words lie beside the LoRA"
     hub.repos["painter/many"] = {"a.safetensors": silent, "b.safetensors": silent}
     with pytest.raises(FormatError, match=r"holds 2 \.safetensors files \(a\.safetensors, b\.safetensors\)"):
         locate("painter/many")

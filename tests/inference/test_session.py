@@ -11,7 +11,8 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from scumble.adapters import Adapted, Adapter, LoraSettings, base_state
-from scumble.errors import AdapterError, FormatError, ModelError, NoEffect, UnknownName
+from scumble.adapters.state import Metadata
+from scumble.errors import AdapterError, FormatError, ModelError, NoEffect, UnknownName, WrongBase
 from scumble.formats import write
 from scumble.inference.png import read_settings
 from scumble.inference.request import AdapterUse, Request
@@ -199,6 +200,59 @@ def test_a_file_written_anew_is_read_anew(base: BaseModel, tmp_path: Path) -> No
         path.unlink()
         with pytest.raises(FormatError, match="There is no adapter"):
             draw(session, (path, 1.0))
+
+
+def test_adapters_beyond_the_budget_leave_and_pictures_stay_the_same(
+    base: BaseModel, files: dict[str, Path]
+) -> None:
+    a, b, c = (files[name] for name in "abc")
+    asked = [((a, 1.0),), ((b, 0.7), (a, 0.4)), ((c, 1.0),), ((a, 0.4),), ((a, 0.4), (b, 0.7), (c, -0.5)), ()]
+    with Session(base) as roomy:
+        expected = [draw(roomy, *uses) for uses in asked]
+        assert len(roomy.residents) == 3
+        size = roomy.residents[0].size
+        assert size == 4 * roomy.residents[0].adapter.parameter_count
+    with Session(base, adapter_bytes=1) as tight:
+        for uses, picture in zip(asked, expected, strict=True):
+            assert same(draw(tight, *uses), picture), uses
+            assert len(tight.residents) <= max(1, len(uses)) or not uses
+    with Session(base, adapter_bytes=2 * size) as session:
+        for path in (a, b, a, c):
+            draw(session, (path, 1.0))
+        assert {resident.file for resident in session.residents} == {a.resolve(), c.resolve()}, (
+            "b rested longest"
+        )
+        session.unload(a)
+        draw(session, (b, 1.0))
+        assert {resident.file for resident in session.residents} == {b.resolve(), c.resolve()}
+
+
+def test_the_base_is_compared_with_the_one_it_was_trained_on(tmp_path: Path) -> None:
+    base, other, far = tiny(), tiny(seed=1), tiny("sd2")
+
+    def trained_on(which: BaseModel, name: str) -> Path:
+        metadata = Metadata(
+            base_name=name,
+            base_family=which.family,
+            base_fingerprint=which.fingerprint(),
+            prediction_type="epsilon",
+        )
+        adapter = fill(Adapter.inject(tiny().roots, "attention", LoraSettings(rank=2)), 1)
+        return write(adapter.state(metadata), tmp_path / f"{name}.safetensors")
+
+    with Session(base, [trained_on(base, "mine"), trained_on(other, "theirs")]) as session:
+        exact, kin = session.residents
+    assert exact.match.kinship == "exact" and exact.notes == ()
+    assert kin.match.kinship == "same family"
+    assert kin.notes == (kin.match.note,)
+    assert kin.match.note.startswith("It was trained on theirs (weights ")
+    assert f"is loaded on {base.name} of the same family (sd1), which has other weights (" in kin.match.note
+    with pytest.raises(
+        WrongBase, match=r"trained on far \(sd2\); .* is of another family \(sd1\)\. Not applied"
+    ):
+        Session(base, [trained_on(far, "far")])
+    with Session(base, [adapter_file(tmp_path / "silent.safetensors")]) as session:
+        assert session.residents[0].match.kinship == "unknown" and session.residents[0].notes == ()
 
 
 def test_one_file_named_twice_is_refused(base: BaseModel, files: dict[str, Path]) -> None:

@@ -5,19 +5,26 @@
 2. Strength is linear, and 0 is the base, bit for bit.
 3. A fresh delta changes nothing. state -> from_state and state -> load_state give every bit back.
 4. Inject and eject leave the same module objects and bit-identical outputs.
-5. Every parameter trains: gradients agree with differences, and reach every tensor.
+5. Every parameter trains: gradients agree with differences (what a family holds constant held), and reach
+   every tensor.
 6. Parameters are fp32 whatever the base's dtype.
+7. A merge is undone bit for bit, in any dtype.
+
+A family with options runs through them once for each of `OPTIONS`.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from scumble.adapters import FAMILIES, Adapted, Adapter, Delta, Layer, Metadata, layers_of, merge, operate
+from scumble.adapters.delta import DeltaSettings
 from scumble.errors import AdapterError
 
 LAYERS: dict[str, tuple[Layer, tuple[int, ...]]] = {
@@ -26,6 +33,13 @@ LAYERS: dict[str, tuple[Layer, tuple[int, ...]]] = {
     "conv 3x3 stride 2": (nn.Conv2d(6, 8, 3, stride=2, padding=1), (4, 6, 9, 9)),
     "conv 1x1": (nn.Conv2d(6, 8, 1), (4, 6, 5, 5)),
 }
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"tucker": True, "magnitude": True},
+    {"factor": 2, "rank": 1, "tucker": True},
+    {"decompose_both": True, "factor": 4, "rank": 1},
+    {"inputs": True},
+)
+"""Changes to a family's default settings; each is used by the families that have those settings."""
 STRENGTHS: dict[str, float | Tensor] = {
     "1": 1.0,
     "0.3": 0.3,
@@ -35,10 +49,26 @@ STRENGTHS: dict[str, float | Tensor] = {
 }
 
 
-@pytest.fixture(params=list(FAMILIES))
-def family(request: pytest.FixtureRequest) -> type[Delta]:
-    """Every family there is."""
-    return FAMILIES.get(request.param)
+def cases() -> Iterator[Any]:
+    """Every family there is, by its default settings and by its options."""
+    for name in FAMILIES:
+        settings = FAMILIES.get(name).settings
+        yield pytest.param(settings(), id=name)
+        for options in OPTIONS:
+            if set(options) <= set(settings.model_fields):
+                words = ", ".join(f"{key} {value}" for key, value in options.items())
+                yield pytest.param(settings(**options), id=f"{name} {words}")
+
+
+@pytest.fixture(params=list(cases()))
+def settings(request: pytest.FixtureRequest) -> DeltaSettings:
+    """Settings of every family there is."""
+    return cast(DeltaSettings, request.param)
+
+
+def family(settings: DeltaSettings) -> type[Delta]:
+    """The family of the settings."""
+    return FAMILIES.get(settings.family)
 
 
 @pytest.fixture(params=list(LAYERS))
@@ -54,15 +84,16 @@ def x(layer: Layer, request: pytest.FixtureRequest) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
 
 
-def fresh(family: type[Delta], layer: Layer, rank: int = 3, alpha: float = 2.0) -> Delta:
+def fresh(settings: DeltaSettings, layer: Layer, rank: int = 3, alpha: float = 2.0) -> Delta:
     """An untrained delta."""
     generator = torch.Generator().manual_seed(0)
-    return family.fresh(layer, family.settings(), rank=rank, alpha=alpha, generator=generator)
+    rank = settings.rank if "rank" in settings.model_fields_set else rank
+    return family(settings).fresh(layer, settings, rank=rank, alpha=alpha, generator=generator)
 
 
-def trained(family: type[Delta], layer: Layer, **options: float) -> Delta:
+def trained(settings: DeltaSettings, layer: Layer, **options: Any) -> Delta:
     """A delta with values as if trained, in fp64 and eval mode."""
-    delta = fresh(family, layer, **options).double().eval()
+    delta = fresh(settings, layer, **options).double().eval()
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in delta.parameters():
@@ -85,13 +116,14 @@ def model(layer: Layer) -> dict[str, nn.Module]:
     return {"root": nn.Sequential(layer)}
 
 
-def test_the_registry_and_the_class_agree_on_the_name(family: type[Delta]) -> None:
-    assert FAMILIES.get(family.family) is family
-    assert family.settings().family == family.family
+def test_the_registry_and_the_class_agree_on_the_name(settings: DeltaSettings) -> None:
+    one = family(settings)
+    assert FAMILIES.get(one.family) is one
+    assert type(settings) is one.settings and one.settings().family == one.family
 
 
-def test_both_views_agree(family: type[Delta], layer: Layer, x: Tensor) -> None:
-    delta = trained(family, layer)
+def test_both_views_agree(settings: DeltaSettings, layer: Layer, x: Tensor) -> None:
+    delta = trained(settings, layer)
     weight_delta = delta.weight_delta(layer.weight)
     assert weight_delta.shape == layer.weight.shape and weight_delta.abs().max() > 0.01
     torch.testing.assert_close(
@@ -101,9 +133,9 @@ def test_both_views_agree(family: type[Delta], layer: Layer, x: Tensor) -> None:
 
 @pytest.mark.parametrize("strength", STRENGTHS)
 def test_the_adapted_layer_is_base_plus_strength_times_change(
-    family: type[Delta], layer: Layer, x: Tensor, strength: str
+    settings: DeltaSettings, layer: Layer, x: Tensor, strength: str
 ) -> None:
-    value, delta = STRENGTHS[strength], trained(family, layer)
+    value, delta = STRENGTHS[strength], trained(settings, layer)
     adapted = Adapted(layer)
     adapted.add("one", delta, value)
     change = operate(layer, x, delta.weight_delta(layer.weight))
@@ -115,27 +147,27 @@ def test_the_adapted_layer_is_base_plus_strength_times_change(
             torch.testing.assert_close(adapted(x), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_strength_zero_is_the_base(family: type[Delta], layer: Layer, x: Tensor) -> None:
+def test_strength_zero_is_the_base(settings: DeltaSettings, layer: Layer, x: Tensor) -> None:
     adapted = Adapted(layer)
-    adapted.add("one", trained(family, layer), 0.0)
+    adapted.add("one", trained(settings, layer), 0.0)
     assert torch.equal(adapted(x), layer(x))
 
 
-def test_a_fresh_delta_changes_nothing(family: type[Delta], layer: Layer, x: Tensor) -> None:
-    delta = fresh(family, layer)
+def test_a_fresh_delta_changes_nothing(settings: DeltaSettings, layer: Layer, x: Tensor) -> None:
+    delta = fresh(settings, layer)
     assert not delta.weight_delta(layer.weight).any()
     torch.testing.assert_close(delta.eval()(x, layer), layer(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("rank_stabilized", [False, True])
-def test_state_gives_every_bit_back(family: type[Delta], layer: Layer, rank_stabilized: bool) -> None:
-    delta = trained(family, layer).float()
-    delta = family.from_state(
+def test_state_gives_every_bit_back(settings: DeltaSettings, layer: Layer, rank_stabilized: bool) -> None:
+    delta = trained(settings, layer).float()
+    delta = family(settings).from_state(
         layer, type(delta.state())(**{**vars(delta.state()), "rank_stabilized": rank_stabilized})
     )
     state = delta.state()
-    again = family.from_state(layer, state)
-    other = family.from_state(layer, state)
+    again = family(settings).from_state(layer, state)
+    other = family(settings).from_state(layer, state)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()
@@ -149,18 +181,18 @@ def test_state_gives_every_bit_back(family: type[Delta], layer: Layer, rank_stab
     assert set(state.tensors) == {name for name, _ in delta.named_parameters()}
 
 
-def test_tensors_that_do_not_fit_are_refused(family: type[Delta], layer: Layer) -> None:
-    state = fresh(family, layer).state()
+def test_tensors_that_do_not_fit_are_refused(settings: DeltaSettings, layer: Layer) -> None:
+    state = fresh(settings, layer).state()
     for name in state.tensors:
         tensors = {**state.tensors, name: torch.cat([state.tensors[name]] * 2)}
         with pytest.raises(AdapterError, match=name):
-            family.from_state(layer, type(state)(**{**vars(state), "tensors": tensors}))
+            family(settings).from_state(layer, type(state)(**{**vars(state), "tensors": tensors}))
 
 
-def test_inject_and_eject_leave_no_trace(family: type[Delta], layer: Layer, x: Tensor) -> None:
+def test_inject_and_eject_leave_no_trace(settings: DeltaSettings, layer: Layer, x: Tensor) -> None:
     roots = model(layer)
     y, modules = roots["root"](x), list(roots["root"].modules())
-    adapter = Adapter.inject(roots, "root.*", family.settings())
+    adapter = Adapter.inject(roots, "root.*", settings)
     adapter.eject()
     with stir(adapter).attach():
         assert not torch.equal(roots["root"](x), y)
@@ -168,9 +200,9 @@ def test_inject_and_eject_leave_no_trace(family: type[Delta], layer: Layer, x: T
     assert all(a is b for a, b in zip(modules, roots["root"].modules(), strict=True))
 
 
-def test_load_acts_like_the_one_that_was_saved(family: type[Delta], layer: Layer, x: Tensor) -> None:
+def test_load_acts_like_the_one_that_was_saved(settings: DeltaSettings, layer: Layer, x: Tensor) -> None:
     roots = model(layer)
-    adapter = stir(Adapter.inject(roots, "root.*", family.settings(rank=2, alpha=3.0)))
+    adapter = stir(Adapter.inject(roots, "root.*", settings.model_copy(update={"rank": 2, "alpha": 3.0})))
     y, state = roots["root"](x), adapter.state(Metadata(base_name="picturebook"))
     assert state.metadata.base_name == "picturebook"
     adapter.eject()
@@ -178,9 +210,9 @@ def test_load_acts_like_the_one_that_was_saved(family: type[Delta], layer: Layer
         assert torch.equal(roots["root"](x), y) and loaded.state(state.metadata).equal(state)
 
 
-def test_merged_acts_like_attached(family: type[Delta], layer: Layer, x: Tensor) -> None:
+def test_merged_acts_like_attached(settings: DeltaSettings, layer: Layer, x: Tensor) -> None:
     roots = model(layer)
-    adapter = stir(Adapter.inject(roots, "root.*", family.settings(), strength=0.7))
+    adapter = stir(Adapter.inject(roots, "root.*", settings, strength=0.7))
     y = roots["root"](x)
     weight = layers_of(roots)["root.0"].weight
     with merge(adapter, roots):
@@ -188,8 +220,26 @@ def test_merged_acts_like_attached(family: type[Delta], layer: Layer, x: Tensor)
     assert layers_of(roots)["root.0"].weight is weight and torch.equal(roots["root"](x), y)
 
 
-def test_gradients_agree_with_differences(family: type[Delta], layer: Layer, x: Tensor) -> None:
-    delta = trained(family, layer, rank=2)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_merge_is_undone_bit_for_bit(settings: DeltaSettings, layer: Layer, dtype: torch.dtype) -> None:
+    roots = model(layer.to(dtype))
+    weight, bits = layer.weight, layer.weight.detach().clone()
+    one = stir(Adapter.inject(roots, "root.*", settings, name="one"))
+    two = stir(Adapter.inject(roots, "root.*", settings, name="two", strength=-0.3))
+    first, second = merge(one, roots), merge(two, roots)
+    assert not torch.equal(layer.weight, bits)
+    first.undo()
+    second.undo()
+    assert layer.weight is weight and torch.equal(weight, bits)
+    assert one.attached and two.attached
+
+
+def test_gradients_agree_with_differences(
+    settings: DeltaSettings, layer: Layer, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delta = trained(settings, layer, rank=2)
+    held = delta.constants(layer.weight)
+    monkeypatch.setattr(delta, "constants", lambda weight: held)
     names = [name for name, _ in delta.named_parameters()]
     strength = torch.tensor([1.0, 0.5]).double().repeat(2).view(-1, *(1 for _ in x.shape[1:]))
 
@@ -200,8 +250,8 @@ def test_gradients_agree_with_differences(family: type[Delta], layer: Layer, x: 
     assert torch.autograd.gradcheck(forward, (x.requires_grad_(), *delta.parameters()))
 
 
-def test_every_parameter_trains(family: type[Delta], layer: Layer, x: Tensor) -> None:
-    delta = fresh(family, layer).double()
+def test_every_parameter_trains(settings: DeltaSettings, layer: Layer, x: Tensor) -> None:
+    delta = fresh(settings, layer).double()
     optimizer = torch.optim.SGD(delta.parameters(), lr=0.1)
     before = {name: parameter.detach().clone() for name, parameter in delta.named_parameters()}
     for _ in range(3):
@@ -213,10 +263,10 @@ def test_every_parameter_trains(family: type[Delta], layer: Layer, x: Tensor) ->
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_parameters_are_fp32_whatever_the_base_is(
-    family: type[Delta], layer: Layer, x: Tensor, dtype: torch.dtype
+    settings: DeltaSettings, layer: Layer, x: Tensor, dtype: torch.dtype
 ) -> None:
     layer, x = layer.to(dtype), x.to(dtype)
-    delta = fresh(family, layer)
+    delta = fresh(settings, layer)
     with torch.no_grad():
         for parameter in delta.parameters():
             parameter.add_(0.1)

@@ -67,9 +67,47 @@ CASES = {
         },
         "dropout": 0.2,
     },
+    # the text encoder rests after step 6, the last that is saved before the second kill: the run goes on between phases
+    "dreambooth, text encoder at rest from step 6": {
+        "train": TRAIN,
+        "method": "dreambooth",
+        "options": {
+            "prior": "prediction",
+            "class_prompt": "a dog",
+            "train_text_encoder": True,
+            "text_encoder_until": 0.5,
+        },
+        "dropout": 0.2,
+    },
 }
 
-MOMENTS = ("manifest", "half an adapter", "rename")
+CASES |= {
+    "pivotal, its word at rest from step 6": {
+        "train": TRAIN,
+        "method": "pivotal",
+        "options": {"placeholders": "picture", "vectors": 2, "inversion_steps": 6},
+        "dropout": 0.2,
+    },
+    "pivotal, its word trained on from step 5, with the text encoder": {
+        "train": TRAIN,
+        "method": "pivotal",
+        "options": {
+            "placeholders": "picture",
+            "inversion_steps": 5,
+            "joint": True,
+            "train_text_encoder": True,
+            "inversion_schedule": {"name": "linear"},
+        },
+        "dropout": 0.2,
+    },
+    "textual inversion": {
+        "train": TRAIN | {"ema": 0.9},
+        "method": "textual-inversion",
+        "options": {"placeholders": "picture", "vectors": 2},
+    },
+}
+
+MOMENTS = ("manifest", "half an adapter", "rename", "manifest", "manifest", "rename", "half an adapter")
 """Where in the save the process is killed, one for each case."""
 
 

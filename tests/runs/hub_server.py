@@ -29,6 +29,8 @@ class Hub:
     """What the server holds and what it was asked."""
 
     user: str = "painter"
+    role: str = "write"
+    """What the token may do."""
     organizations: tuple[str, ...] = ("studio",)
     endpoint: str = ""
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -111,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "type": "user",
                 "name": self.hub.user,
                 "orgs": [{"name": name} for name in self.hub.organizations],
-                "auth": {"accessToken": {"role": "write"}},
+                "auth": {"accessToken": {"role": self.hub.role}},
             },
         )
 
@@ -140,20 +142,25 @@ class _Handler(BaseHTTPRequestHandler):
         files = self._repo(repo)
         if files is not None:
             siblings = [{"rfilename": name} for name in sorted(files)]
-            self._send(
-                200, {"id": repo, "sha": self._head(), "siblings": siblings, "private": False, "tags": []}
-            )
+            answer = {"id": repo, "sha": self._head(), "siblings": siblings, "private": False, "tags": []}
+            found = re.match(r"---\n(.*?)\n---\n", files.get("README.md", b"").decode(), re.DOTALL)
+            self._send(200, {**answer, "cardData": yaml.safe_load(found[1]) if found else None})
 
     def preupload(self, body: bytes, repo: str, revision: str) -> None:
-        if self._repo(repo) is not None:
+        there = self._repo(repo)
+        if there is not None:
             files = json.loads(body)["files"]
             for file in files:
                 assert base64.b64decode(file["sample"]) is not None
-            mode = {f["path"]: "lfs" if f["path"].endswith(LARGE) else "regular" for f in files}
-            self._send(
-                200,
-                {"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in mode.items()]},
-            )
+            answers = []
+            for path in [file["path"] for file in files]:
+                large = path.endswith(LARGE)
+                answer = {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+                if path in there:  # by which a client leaves out what has not changed
+                    blob = there[path] if large else b"blob %d\0" % len(there[path]) + there[path]
+                    answer["oid"] = (hashlib.sha256 if large else hashlib.sha1)(blob).hexdigest()
+                answers.append(answer)
+            self._send(200, {"files": answers})
 
     def batch(self, body: bytes, repo: str) -> None:
         if self._repo(repo) is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from scumble.runs.card import CardFacts, hub_id, write_card
+from scumble.runs.card import CardFacts, hub_id, unedited, write_card
 from scumble.training.events import HeldOut, Panel
 from tests.runs.hub_server import front_matter_problems
 
@@ -79,6 +79,43 @@ def test_what_is_not_known_is_left_out() -> None:
         assert absent not in card
     assert front_matter_problems(card) == []
     ast.parse(snippet(card))
+
+
+def test_new_words_are_told_with_how_to_load_them(tmp_path: Path) -> None:
+    alone = write_card(
+        full(tmp_path, words=("<fox>",), changes_layers=False, file="learned_embeds.safetensors")
+    )
+    assert "The new word `<fox>` for" in alone and "textual_inversion" in front_matter(alone)["tags"]  # type: ignore[operator]
+    assert "lora" not in front_matter(alone)["tags"]  # type: ignore[operator]
+    code = snippet(alone)
+    ast.parse(code)
+    assert 'load_textual_inversion("painter/fox", weight_name="learned_embeds.safetensors")' in code
+    assert "load_lora_weights" not in alone and "models/embeddings/" in alone
+    both = write_card(full(tmp_path, words=("<fox>",), word_files=("learned_embeds.safetensors",)))
+    assert "load_lora_weights" in snippet(both) and "load_textual_inversion" in snippet(both)
+
+
+def test_a_scale_that_comfyui_does_not_read_is_told(tmp_path: Path) -> None:
+    assert "*Load LoRA*, strength 1." in write_card(full(tmp_path))
+    assert "*Load LoRA*, strength 0.5 (alpha / rank" in write_card(full(tmp_path, scale=0.5))
+
+
+def test_an_edited_card_is_told_from_ours(tmp_path: Path) -> None:
+    card = write_card(full(tmp_path))
+    assert unedited(card) and unedited(card.replace("\n", "\r\n"))
+    assert not unedited(card.replace("# painter/fox", "# Fox"))
+    assert (
+        not unedited(card.replace("---\n", "---\nlicense: mit\n", 1))
+        and not unedited("")
+        and not unedited("# x")
+    )
+
+
+def test_an_interrupted_run_says_so(tmp_path: Path) -> None:
+    card = write_card(full(tmp_path, steps=200, planned=500, subfolder="checkpoint-000200"))
+    assert "interrupted after 200 of 500 steps" in card
+    assert 'subfolder="checkpoint-000200"' in snippet(card)
+    assert "checkpoint-000200/pytorch_lora_weights.safetensors" in card
 
 
 def test_a_local_base_is_no_base_model(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import subprocess
@@ -26,6 +27,9 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
     with running() as hub_server:
         monkeypatch.setattr(constants, "ENDPOINT", hub_server.endpoint)
+        template = hub_server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
@@ -123,7 +127,7 @@ def test_a_failed_upload_keeps_everything_and_says_how_to_try_again(
     with pytest.raises(HubError) as raised:
         hub.push(run, "painter/fox", files=RunFolder(run).published(), private=True, token=TOKEN)
     text = str(raised.value)
-    assert f"scumble push '{run}' --to painter/fox --private" in text
+    assert f"scumble push '{run}' painter/fox --private" in text
     assert str(run) in text and "403" in text
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     server.failures = {}
@@ -138,7 +142,7 @@ def test_the_command_line_uploads_a_run(
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(SystemExit) as stop:
-        main(["push", str(run), "--to", "studio/fox"])
+        main(["push", str(run), "studio/fox"])
     assert stop.value.code == 0
     assert "studio/fox" in capsys.readouterr().out
     assert "pytorch_lora_weights.safetensors" in server.repos["studio/fox"]
@@ -154,3 +158,60 @@ def test_a_folder_without_an_adapter_is_not_uploaded(server: Hub, tmp_path: Path
 def test_names_that_are_no_repository(name: str) -> None:
     with pytest.raises(ValueError, match="Repo id"):
         hub.HubSettings(push=True, id=name)
+
+
+def test_an_upload_that_failed_half_way_goes_on_where_it_ended(server: Hub, run: Path) -> None:
+    picture = hashlib.sha256((run / "previews/a.png").read_bytes()).hexdigest()
+    weights = hashlib.sha256((run / "pytorch_lora_weights.safetensors").read_bytes()).hexdigest()
+    server.failures = {f"/lfs/{picture}": 403}
+    with pytest.raises(HubError, match="goes on where it ended"):
+        hub.push(run, "fox", files=RunFolder(run).published(), token=TOKEN)
+    assert set(server.objects) == {weights} and not server.commits
+    server.failures, server.requests = {}, []
+    hub.push(run, "fox", files=RunFolder(run).published(), token=TOKEN)
+    sent = [path for method, path in server.requests if method == "PUT"]
+    assert sent == [f"/lfs/{picture}"], "the weights were there already"
+    assert "previews/a.png" in server.repos["painter/fox"]
+    server.requests = []
+    hub.push(run, "fox", files=RunFolder(run).published(), token=TOKEN)
+    assert not [path for method, path in server.requests if method == "PUT"]
+    assert len(server.commits) == 1, "nothing has changed, so nothing is committed"
+
+
+def test_a_card_that_was_edited_on_the_hub_is_kept(server: Hub, run: Path) -> None:
+    said: list[str] = []
+    files = RunFolder(run).published()
+    hub.push(run, "fox", files=files, token=TOKEN, say=said.append)
+    newer = write_card(CardFacts(name="fox", base="owner/base", steps=7))
+    (run / "README.md").write_text(newer)
+    hub.push(run, "fox", files=files, token=TOKEN, say=said.append)
+    assert server.repos["painter/fox"]["README.md"].decode() == newer, "ours is written anew"
+    edited = newer.replace("# fox", "# My best fox").encode()
+    server.repos["painter/fox"]["README.md"] = edited
+    server.commits.append("by hand")
+    (run / "README.md").write_text(CARD)
+    hub.push(run, "fox", files=files, token=TOKEN, say=said.append)
+    assert server.repos["painter/fox"]["README.md"] == edited
+    assert len(said) == 1 and "was edited there, and is kept" in said[0]
+    hub.push(run, "fox", files=files, token=TOKEN, say=said.append, replace_card=True)
+    assert server.repos["painter/fox"]["README.md"].decode() == CARD
+    server.repos["painter/fox"]["README.md"] = edited
+    server.commits.append("by hand")
+    (run / "README.md").write_text("---\ntags: [lora]\n---\nwritten here by hand\n")
+    hub.push(run, "fox", files=files, token=TOKEN)
+    assert b"written here by hand" in server.repos["painter/fox"]["README.md"], (
+        "what a person wrote here wins"
+    )
+
+
+def test_prepare_looks_at_a_repository_that_exists(server: Hub) -> None:
+    server.repos["stranger/fox"] = {"README.md": b"theirs"}
+    server.organizations = ("studio",)
+    with pytest.raises(HubError, match="You may write to: painter, studio"):
+        hub.prepare("stranger/fox", CARD, token=TOKEN)
+    server.repos["painter/old"] = {"README.md": b"mine"}
+    assert hub.prepare("painter/old", CARD, token=TOKEN) == "painter/old"
+    assert server.repos["painter/old"] == {"README.md": b"mine"}, "kept with all that is in it"
+    server.role = "read"
+    with pytest.raises(HubError, match="may only read"):
+        hub.prepare("painter/old", CARD, token=TOKEN)

@@ -159,6 +159,72 @@ def test_a_smaller_number_type_halves_the_file(world: Path, tmp_path: Path) -> N
     assert read.metadata.base_family == "sd1" and '"steps":4' in read.metadata.settings
 
 
+@pytest.mark.parametrize(
+    ("dialect", "dtype"), [(None, "fp16"), (None, "bf16"), ("attention-processors", "fp32")]
+)
+def test_the_file_in_other_numbers_or_names_is_proven_before_it_takes_the_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dialect: str | None, dtype: str
+) -> None:
+    import copy
+
+    import torch
+
+    from scumble import formats
+    from scumble.errors import TrainingError
+    from scumble.runs.train import first_difference, save_as
+    from tests.inference.makers import adapter_file
+
+    file = adapter_file(tmp_path / "pytorch_lora_weights.safetensors")
+    before, trained, write = file.read_bytes(), formats.read(file).state, formats.write
+    save = {"dtype": dtype} | ({"dialect": dialect} if dialect else {})
+    config = load(base="picturebook", data={"images": "x"}, output=str(tmp_path), save=save)
+
+    def wrong(state: Any, *arguments: Any, **how: Any) -> Path:
+        """What is written differs by 1 % in one number."""
+        state = copy.deepcopy(state)
+        next(iter(state.layers.values())).tensors["up"][0, 0] *= 1.01
+        return write(state, *arguments, **how)
+
+    monkeypatch.setattr(formats, "write", wrong)
+    with pytest.raises(
+        TrainingError, match=r"differ by more than their rounding\. .* stays as it was, in fp32"
+    ):
+        save_as(file, config)
+    assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == [file.name]
+    monkeypatch.setattr(formats, "write", write)
+    assert save_as(file, config) == file and file.read_bytes() != before
+    kind = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[dtype]
+    again = formats.read(file, list(trained.layers))
+    assert again.dialect == (dialect or "diffusers")
+    assert first_difference(trained, again.state, getattr(torch, kind)) is None
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_an_interrupted_run_has_a_card_too(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import signal
+
+    from scumble.training.events import StepDone
+    from scumble.training.sinks.jsonl import JsonLinesSink
+
+    handle = JsonLinesSink.handle
+
+    def interrupting(sink: JsonLinesSink, event: Any) -> None:
+        handle(sink, event)
+        if isinstance(event, StepDone) and event.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(JsonLinesSink, "handle", interrupting)
+    result = scumble.train(**settings(world, tmp_path / "run"))
+    assert (result.reason, result.exit_code) == ("interrupted", 130) and result.adapter is not None
+    card = result.card.read_text()
+    assert f"interrupted after {result.step} of 4 steps" in card
+    inside = result.adapter.parent.relative_to(result.folder).as_posix()
+    assert f'subfolder="{inside}", weight_name="{result.adapter.name}"' in card
+    assert "None" not in card
+
+
 @pytest.mark.slow
 def test_a_text_encoder_trains_when_it_is_a_target(world: Path, tmp_path: Path) -> None:
     result = scumble.train(

@@ -431,7 +431,7 @@ def test_a_push_goes_to_the_hub_and_a_failed_one_keeps_the_run(world: Path) -> N
         hub.failures = {"/commit/": 500}
         done = launch(world, *flags, "--output_dir=kept", environment=environment)
         assert done.returncode == 0, "the training went well"
-        assert "scumble push kept --to painter/kept" in done.stderr
+        assert "scumble push kept painter/kept" in done.stderr
         assert (world / "kept" / "pytorch_lora_weights.safetensors").exists()
         hub.failures = {"whoami": 401}
         done = launch(world, *flags, "--output_dir=never", environment=environment)

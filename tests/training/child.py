@@ -84,6 +84,8 @@ def main(run: Path, wanted: dict[str, Any]) -> None:
         adapter=adapter,
         held_out=True,
         poison={int(k): float(v) for k, v in wanted.get("poison", {}).items()},
+        method=wanted.get("method", "text-to-image"),
+        options=wanted.get("options"),
     )
     if "die_in_save" in wanted:
         die_in_save(*wanted["die_in_save"])

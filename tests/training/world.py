@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,10 +11,10 @@ import torch
 
 from scumble.adapters.lora import LoraSettings
 from scumble.data.record import Batch
-from scumble.methods.method import Ingredients
-from scumble.methods.text_to_image import text_to_image
+from scumble.data.settings import DataSettings
+from scumble.methods.method import METHODS, Ingredients
 from scumble.models import FAMILIES
-from scumble.models.family import BaseModel, Frame
+from scumble.models.family import BaseModel, Conditioning, Frame
 from scumble.rng import Streams
 from scumble.training.events import Event
 from scumble.training.plan import Plan
@@ -42,8 +43,19 @@ class LatentBatches:
         self.captions = [f"picture {n}" for n in range(samples)]
         streams = Streams(seed)
         self.latents = streams.normal("latents", range(samples), (base.latent_channels, 4, 4))
-        with torch.no_grad():
-            self.text = base.encode_prompts(self.captions) if cached_text else None
+        self.base = base
+        self.text = self.embedded() if cached_text else None
+
+    @torch.no_grad()
+    def embedded(self) -> Conditioning:
+        """The captions as the text encoder reads them now."""
+        return self.base.encode_prompts(self.captions)
+
+    def with_text_embeddings(self) -> LatentBatches:
+        """The same order, with embeddings by the text encoder as it is now."""
+        other = copy(self)
+        other.text = self.embedded()
+        return other
 
     def start(self, number: int, *, process: int = 0, processes: int = 1) -> Iterator[Batch]:
         while True:
@@ -99,11 +111,16 @@ def make_plan(
     samples: int = 6,
     poison: dict[int, float] | None = None,
     targets: str | tuple[str, ...] = "attention",
+    method: str = "text-to-image",
+    options: dict[str, Any] | None = None,
+    draw: Any = lambda *_, **__: Path("class pictures"),
     **others: Any,
 ) -> tuple[Plan, BaseModel]:
-    """A text-to-image plan on a tiny base, and the base."""
+    """A plan of a method that trains on pictures, on a tiny base, and the base. `options`: the method's own."""
     base = FAMILIES.get(family).tiny(0)
-    cached = isinstance(targets, str)
+    told = METHODS.get(method).settings(**(options or {}))
+    cached = isinstance(targets, str) and not getattr(told, "train_text_encoder", False)
+    cached = cached and not METHODS.get(method).trains_text
     batches = LatentBatches(base, train.batch, samples, cached_text=cached, poison=poison)
     strangers = LatentBatches(base, 2, 4, seed=9, cached_text=cached)
     ingredients = Ingredients(
@@ -115,9 +132,15 @@ def make_plan(
         train=train,
         streams=Streams(train.seed),
         held_out=[strangers.batch([0, 1]), strangers.batch([2, 3])] if held_out else [],
+        options=told,
+        data=DataSettings(images="pictures"),
+        draw=draw,
+        open_batches=lambda data, *, batch_size, text_embeddings: LatentBatches(
+            base, batch_size, 5, seed=3, cached_text=text_embeddings
+        ),
         **others,
     )
-    return text_to_image.plan(ingredients), base
+    return METHODS.get(method).plan(ingredients), base
 
 
 def bytes_of(path: Path | None) -> bytes:

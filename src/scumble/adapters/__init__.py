@@ -2,14 +2,21 @@
 
 operate.py   a layer's own operation, done with another weight
 delta.py     Delta: the change to one layer, seen in two ways that must agree (write one to add a family)
-lora.py      the family "lora": its settings and its maths
+lora.py, dora.py, loha.py, lokr.py, ia3.py, full.py      the families: their settings and their maths
+magnitude.py a change of direction with a learned length, which DoRA, LoHa and LoKr may have
 families.py  the registry of families
 adapted.py   Adapted: a layer and the deltas on it, each with its strength
 layers.py    which layers a model has, and where they hang
 targets.py   which of them an adapter changes: patterns, presets, one value per pattern
 adapter.py   Adapter: inject, eject, strength, parameters, state, load
+tokens.py    TokenRows: learned rows of new words, beside a text encoder's frozen table
 state.py     AdapterState: an adapter as plain data
 algebra.py   merge into a base's weights, and the exact way back
+factors.py   a change as a thin product: its singular values, its norm, how much of it to keep
+mix.py       several adapters become one; what one does and another does not
+resize.py    the nearest adapter of smaller rank
+extract.py   a LoRA from a full fine-tune
+overlap.py   how far two adapters meet in each layer, and whether they fight there
 """
 
 from __future__ import annotations
@@ -24,6 +31,7 @@ from scumble.adapters.lora import Lora, LoraSettings
 from scumble.adapters.operate import Layer, operate
 from scumble.adapters.state import AdapterState, LayerPath, LayerState, Metadata, TokenState
 from scumble.adapters.targets import PRESETS, Matched, Targets, resolve
+from scumble.adapters.tokens import TokenRows, TokenTable, Vocabulary
 
 __all__ = [
     "FAMILIES",
@@ -42,7 +50,10 @@ __all__ = [
     "Merged",
     "Metadata",
     "Targets",
+    "TokenRows",
     "TokenState",
+    "TokenTable",
+    "Vocabulary",
     "base_state",
     "layers_of",
     "merge",

@@ -17,6 +17,7 @@ from scumble.adapters.layers import Place, places
 from scumble.adapters.lora import LoraSettings
 from scumble.adapters.state import AdapterState, LayerPath, Metadata
 from scumble.adapters.targets import Matched, per_layer, resolve
+from scumble.adapters.tokens import TokenRows, Vocabulary
 from scumble.errors import AdapterError, NotFinite
 from scumble.rng import Streams
 
@@ -47,6 +48,8 @@ class Adapter:
     """The change to each layer, in the model's own order. Read only."""
     matched: Matched | None
     """What each target found; None for a loaded adapter."""
+    tokens: TokenRows | None
+    """The words that it brings with it; they are in the model while it acts at all (strength other than 0)."""
 
     def __init__(
         self,
@@ -56,13 +59,15 @@ class Adapter:
         *,
         strength: float | Tensor = 1.0,
         matched: Matched | None = None,
+        tokens: TokenRows | None = None,
     ) -> None:
-        """An adapter made of `deltas`, not yet attached. Most callers want `inject` or `load`."""
+        """An adapter made of `deltas` and `tokens`, not yet attached. Most callers want `inject` or `load`."""
         if not name:
             raise AdapterError("An adapter needs a name that is not empty.")
         self.name = name
         self.deltas = MappingProxyType(dict(deltas))
         self.matched = matched
+        self.tokens = tokens
         self._roots = dict(roots)
         self._strength = check_strength(strength)
         self._places: dict[LayerPath, Place] | None = None
@@ -119,6 +124,7 @@ class Adapter:
         name: str = "default",
         strength: float | Tensor = 1.0,
         trainable: bool = False,
+        vocabularies: Mapping[str, Vocabulary] | None = None,
     ) -> Self:
         """The adapter that `state` describes, in this model. Its tensors are copied, to fp32 at least.
 
@@ -128,20 +134,21 @@ class Adapter:
             name: must be new in this model.
             strength: a number, or (B,), one per sample.
             trainable: False sets requires_grad False and eval mode (no dropout).
+            vocabularies: text encoder's name -> its words, where the state's learned tokens come in.
 
         Raises:
             AdapterError: a layer is not there, its tensors don't fit, the name is taken, or the state holds
-                learned tokens, which belong to a tokenizer and not to layers.
+                learned tokens and there are no vocabularies, or a word is in one already.
             NotFinite: a tensor holds NaN or infinity.
             UnknownName: a layer's family is not known.
         """
-        if state.tokens:
+        if state.tokens and vocabularies is None:
             raise AdapterError(
                 f"This adapter also holds {len(state.tokens)} learned tokens "
-                f"({', '.join(state.tokens)}), which can't be put into layers. "
-                "Pass a state without tokens to use the layers alone."
+                f"({', '.join(state.tokens)}), which can't be put into layers. Pass the model's vocabularies, "
+                "or a state without tokens to use the layers alone."
             )
-        if not state.layers:
+        if not state.layers and not state.tokens:
             raise AdapterError("This adapter changes no layer: its state is empty.")
         there = places(roots)
         missing = [path for path in state.layers if path not in there]
@@ -158,7 +165,10 @@ class Adapter:
             with naming(path):
                 deltas[path] = FAMILIES.get(layer_state.family).from_state(there[path].layer, layer_state)
             deltas[path].requires_grad_(trainable).train(trainable)
-        return cls(name, roots, deltas, strength=strength).attach()
+        tokens = None
+        if state.tokens and vocabularies is not None:
+            tokens = TokenRows(name, roots, vocabularies, state.tokens, trainable=trainable)
+        return cls(name, roots, deltas, strength=strength, tokens=tokens).attach()
 
     # Being in the model
 
@@ -195,6 +205,8 @@ class Adapter:
                     holder = Adapted(there[path].layer)
                     there[path].hang(holder)
                 holder.add(self.name, delta, self._strength)
+            if self.tokens is not None and _acts(self._strength) and not self.tokens.attached:
+                self.tokens.attach()
         self._places = {path: there[path] for path in self.deltas}
         return self
 
@@ -212,6 +224,8 @@ class Adapter:
                     f"{path!r} was replaced by a {type(holder).__name__} after {self.name!r} was injected, "
                     "so it can't be ejected exactly. Undo that replacement first."
                 )
+        if self.tokens is not None and self.tokens.attached:
+            self.tokens.eject()
         for place in here.values():
             _detach(self.name, place)
         self._places = None
@@ -232,8 +246,9 @@ class Adapter:
 
     @strength.setter
     def strength(self, strength: float | Tensor) -> None:
-        self._strength = check_strength(strength)
-        self._apply_strength(self._strength)
+        checked = check_strength(strength)
+        self._apply_strength(checked)
+        self._strength = checked
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -245,6 +260,11 @@ class Adapter:
             self._apply_strength(self._strength)
 
     def _apply_strength(self, strength: float | Tensor) -> None:
+        if self.tokens is not None and self.attached and self.tokens.attached != _acts(strength):
+            if _acts(strength):
+                self.tokens.attach()
+            else:
+                self.tokens.eject()
         for place in (self._places or {}).values():
             holder = place.holder
             assert isinstance(holder, Adapted)
@@ -253,10 +273,14 @@ class Adapter:
     # Values
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """("<layer path>.<tensor name>", parameter), in the model's own order; e.g. "unet....to_q.down"."""
+        """("<layer path>.<tensor name>", parameter), in the model's own order; e.g. "unet....to_q.down"; then
+        ("tokens.<text encoder>.<placeholder>", rows)."""
         for path, delta in self.deltas.items():
             for name, parameter in delta.named_parameters():
                 yield f"{path}.{name}", parameter
+        if self.tokens is not None:
+            for name, parameter in self.tokens.named_parameters():
+                yield f"tokens.{name}", parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters, in the order of `named_parameters`."""
@@ -275,7 +299,8 @@ class Adapter:
 
     def state(self, metadata: Metadata = Metadata()) -> AdapterState:  # noqa: B008 - a frozen value
         """The adapter as plain data: copies on the CPU. The strength is not part of it."""
-        return AdapterState({path: delta.state() for path, delta in self.deltas.items()}, metadata=metadata)
+        tokens = {} if self.tokens is None else self.tokens.state()
+        return AdapterState({path: delta.state() for path, delta in self.deltas.items()}, tokens, metadata)
 
     def load_state(self, state: AdapterState) -> None:
         """Take the values of `state` in place, so that optimizers keep their parameters. For resuming.
@@ -286,8 +311,9 @@ class Adapter:
             NotFinite: a tensor holds NaN or infinity.
         """
         mine, theirs = set(self.deltas), set(state.layers)
-        if mine != theirs or state.tokens:
-            example = next(iter(sorted(mine ^ theirs) or sorted(state.tokens)))
+        words = set() if self.tokens is None else set(self.tokens.vectors)
+        if mine != theirs or words != set(state.tokens):
+            example = next(iter(sorted(mine ^ theirs) or sorted(words ^ set(state.tokens))))
             raise AdapterError(
                 f"This state belongs to another adapter: {len(theirs - mine)} of its layers are not here, "
                 f"{len(mine - theirs)} of those here are not in it, it holds {len(state.tokens)} tokens; "
@@ -298,6 +324,8 @@ class Adapter:
             if difference:
                 raise AdapterError(f"This state belongs to another adapter. {path!r}: {difference}.")
         _check_finite(state)
+        if self.tokens is not None:
+            self.tokens.load_state(state.tokens)
         for path, delta in self.deltas.items():
             delta.load_state(state.layers[path])
 
@@ -323,7 +351,8 @@ class Adapter:
     def __repr__(self) -> str:
         families = ", ".join(sorted({delta.family for delta in self.deltas.values()}))
         return (
-            f"<Adapter {self.name!r}: {families}, {len(self)} layers, {self.parameter_count:,} parameters, "
+            f"<Adapter {self.name!r}: {families or 'tokens only'}, {len(self)} layers, "
+            f"{self.parameter_count:,} parameters, "
             f"{'attached' if self.attached else 'not attached'}>"
         )
 
@@ -331,6 +360,11 @@ class Adapter:
         if self._places is None:
             raise AdapterError(f"Adapter {self.name!r} is not in the model, so there is nothing to {verb}.")
         return self._places
+
+
+def _acts(strength: float | Tensor) -> bool:
+    """Whether an adapter of this strength changes anything."""
+    return isinstance(strength, Tensor) or strength != 0.0
 
 
 def _detach(name: str, place: Place) -> None:
@@ -365,7 +399,8 @@ def _check_finite(state: AdapterState) -> None:
         f"{path}.{name}"
         for path, layer in state.layers.items()
         for name, tensor in layer.tensors.items()
-        if not bool(torch.isfinite(tensor).all())
+        # torch can't ask this of 8-bit floats
+        if not bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all())
     ]
     if bad:
         raise NotFinite(

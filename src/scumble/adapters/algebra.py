@@ -108,8 +108,8 @@ def merge(adapters: Adapter | Sequence[Adapter], roots: Mapping[str, nn.Module])
         roots: name -> module.
 
     Raises:
-        AdapterError: a strength is per sample, a layer is not there, or a merged weight would not be finite.
-            Nothing is changed then.
+        AdapterError: a strength is per sample, an adapter brings words, a layer is not there, or a merged weight
+            would not be finite. Nothing is changed then.
     """
     adapters = (adapters,) if isinstance(adapters, Adapter) else tuple(adapters)
     layers = layers_of(roots)
@@ -120,6 +120,12 @@ def merge(adapters: Adapter | Sequence[Adapter], roots: Mapping[str, nn.Module])
             raise AdapterError(
                 f"Adapter {adapter.name!r} has one strength per sample, but all samples share the weights. "
                 "Set its strength to one number before merging."
+            )
+        if adapter.tokens is not None:
+            raise AdapterError(
+                f"Adapter {adapter.name!r} brings the words {', '.join(adapter.tokens.vectors)}, which are in no "
+                "layer's weight: merging would lose them. Load its layers alone (a state without tokens), merge "
+                "those, and keep the words in a file of their own."
             )
         for path, delta in adapter.deltas.items():
             if path not in layers:

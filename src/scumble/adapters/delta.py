@@ -71,7 +71,7 @@ class Delta(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def shapes(cls, base: Layer, rank: int) -> dict[str, tuple[int, ...]]:
-        """Name and shape of each parameter, for this layer at this rank."""
+        """Name and shape of each parameter, for this layer at this rank, by the default settings."""
 
     @abstractmethod
     def reset(self, generator: torch.Generator) -> None:
@@ -80,6 +80,27 @@ class Delta(nn.Module, ABC):
     @abstractmethod
     def weight_delta(self, weight: Tensor) -> Tensor:
         """The change to W: fp32 (or fp64), the shape of `weight`, scale included, strength not."""
+
+    # What a family may write when its tensors have several forms
+
+    @classmethod
+    def fresh_shapes(cls, base: Layer, rank: int, settings: DeltaSettings) -> dict[str, tuple[int, ...]]:
+        """As `shapes`, by these settings."""
+        return cls.shapes(base, rank)
+
+    @classmethod
+    def expected_shapes(cls, base: Layer, state: LayerState) -> dict[str, tuple[int, ...]]:
+        """As `shapes`, in the form that the state's tensors have: what they must be to fit this layer."""
+        return cls.shapes(base, state.rank)
+
+    def start(self, base: Layer, generator: torch.Generator) -> None:
+        """As `reset`, where the first values depend on the layer's own."""
+        self.reset(generator)
+
+    def constants(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """What the family computes from W and its parameters and holds constant in the backward pass. Every
+        use goes through this method."""
+        return ()
 
     # What a family may write faster
 
@@ -98,6 +119,12 @@ class Delta(nn.Module, ABC):
         y = base(x)
         return y + (strength * self.output_delta(x, y, base)).to(y.dtype)
 
+    @classmethod
+    def thin(cls, state: LayerState) -> tuple[Tensor, Tensor, tuple[int, ...]] | None:
+        """The change as a product of thin matrices, (out, r) and (r, in * k * k), scale included, and the shape
+        of the weight that it fits: where it is one whatever the base's weight is. None for other families."""
+        return None
+
     # What every family has
 
     @classmethod
@@ -105,9 +132,11 @@ class Delta(nn.Module, ABC):
         cls, base: Layer, settings: DeltaSettings, *, rank: int, alpha: float, generator: torch.Generator
     ) -> Self:
         """An untrained delta for `base`, on its device, with requires_grad True."""
-        delta = cls._empty(base, rank=rank, alpha=alpha, **cls.options(settings))
+        shapes = cls.fresh_shapes(base, rank, settings)
+        tensors = {name: torch.empty(shape, device="cpu") for name, shape in shapes.items()}
+        delta = cls(tensors, rank=rank, alpha=alpha, **cls.options(settings))
         with torch.no_grad():
-            delta.reset(generator)
+            delta.start(base, generator)
         return delta.to(base.weight.device)
 
     @classmethod
@@ -160,18 +189,8 @@ class Delta(nn.Module, ABC):
         return {}
 
     @classmethod
-    def _empty(cls, base: Layer, *, rank: int, alpha: float, **options: Any) -> Self:
-        shapes = cls.shapes(base, rank)
-        return cls(
-            {name: torch.empty(shape, device="cpu") for name, shape in shapes.items()},
-            rank=rank,
-            alpha=alpha,
-            **options,
-        )
-
-    @classmethod
     def _expect(cls, base: Layer, state: LayerState) -> None:
-        expected = cls.shapes(base, state.rank)
+        expected = cls.expected_shapes(base, state)
         given = {name: tuple(tensor.shape) for name, tensor in state.tensors.items()}
         if expected != given:
             raise AdapterError(

@@ -9,5 +9,15 @@ from scumble.registry import Registry
 if TYPE_CHECKING:
     from scumble.adapters.delta import Delta
 
-FAMILIES: Registry[type[Delta]] = Registry("adapter family", {"lora": "scumble.adapters.lora:Lora"})
+FAMILIES: Registry[type[Delta]] = Registry(
+    "adapter family",
+    {
+        "lora": "scumble.adapters.lora:Lora",
+        "dora": "scumble.adapters.dora:Dora",
+        "loha": "scumble.adapters.loha:Loha",
+        "lokr": "scumble.adapters.lokr:Lokr",
+        "full": "scumble.adapters.full:Full",
+        "ia3": "scumble.adapters.ia3:Ia3",
+    },
+)
 """Name -> Delta class. Outsiders add to it by an entry point in the group `scumble.adapter_family`."""

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from scumble.adapters.adapted import Adapted
 from scumble.adapters.operate import Layer, is_layer
 from scumble.adapters.state import LayerPath
+from scumble.adapters.tokens import TokenTable
 
 _COMPILED = "_orig_mod"
 """The attribute in which `torch.compile` keeps the module that it wraps."""
@@ -70,12 +71,17 @@ def layers_of(roots: Mapping[str, nn.Module]) -> dict[LayerPath, Layer]:
 
 
 def base_state(root: nn.Module) -> dict[str, Tensor]:
-    """The root's `state_dict()` without adapters: the same names and tensors, no deltas, no wrappers."""
+    """The root's `state_dict()` without adapters: the same names and tensors, no deltas, no learned rows, no
+    wrappers."""
     state = dict(root.state_dict())
     for name, module in root.named_modules(remove_duplicate=False):
         if isinstance(module, Adapted):
             for key in [key for key in state if key.startswith(f"{name}.deltas.")]:
                 del state[key]
+        if isinstance(module, TokenTable):
+            for key in [key for key in state if key.startswith(f"{name}.rows.")]:
+                del state[key]
+        if isinstance(module, Adapted | TokenTable):
             for key in [key for key in state if key.startswith(f"{name}.base.")]:
                 state[name + key.removeprefix(f"{name}.base")] = state.pop(key)
     return {

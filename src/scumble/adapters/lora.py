@@ -11,7 +11,7 @@ On a convolution, `down` is a convolution with the base's kernel, stride and pad
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from scumble.adapters.delta import Delta, DeltaSettings
 from scumble.adapters.operate import Layer, compute_dtype, operate
+from scumble.adapters.state import LayerState
 
 
 class LoraSettings(DeltaSettings):
@@ -77,6 +78,28 @@ class Lora(Delta):
     def weight_delta(self, weight: Tensor) -> Tensor:
         """s * up @ down, in the parameters' dtype."""
         return (self.scale * (self.up.flatten(1) @ self.down.flatten(1))).view(weight.shape)
+
+    @classmethod
+    def thin(cls, state: LayerState) -> tuple[Tensor, Tensor, tuple[int, ...]] | None:
+        """s * up, down; at least fp32."""
+        if cls.weight_delta is not Lora.weight_delta:  # a family made from this one, with another change
+            return None
+        up, down = state.tensors["up"], state.tensors["down"]
+        # by hand: torch promotes no 8-bit floats
+        wide = torch.float64 if torch.float64 in (up.dtype, down.dtype) else torch.float32
+        shape = (up.shape[0], *down.shape[1:])
+        return state.scale * up.flatten(1).to(wide), down.flatten(1).to(wide), shape
+
+    @classmethod
+    def layer(cls, left: Tensor, right: Tensor, shape: Sequence[int]) -> LayerState:
+        """The change left (out, r) @ right (r, in * k * k) to a weight of `shape`, at scale 1: `thin` inverted."""
+        out, *inner = shape
+        rank = right.shape[0]
+        tensors = {
+            "down": right.reshape(rank, *inner).contiguous(),
+            "up": left.reshape(out, rank, *(1 for _ in inner[1:])).contiguous(),
+        }
+        return LayerState(cls.family, rank, float(rank), tensors)
 
     def output_delta(self, x: Tensor, y: Tensor, base: Layer) -> Tensor:
         """s * up(down(x)): r is small, so this costs far less than making the weight."""

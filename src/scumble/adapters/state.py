@@ -96,5 +96,11 @@ class AdapterState:
 
 def _same_tensors(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
     return mine.keys() == theirs.keys() and all(
-        t.dtype == theirs[n].dtype and torch.equal(t, theirs[n]) for n, t in mine.items()
+        t.dtype == theirs[n].dtype and torch.equal(_comparable(t), _comparable(theirs[n]))
+        for n, t in mine.items()
     )
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    """8-bit floats as 32-bit ones, exactly: torch compares no others."""
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor

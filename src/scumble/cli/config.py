@@ -17,12 +17,19 @@ def new(
     base: str = typer.Option("picturebook", help="The base to write into the file."),
     images: str = typer.Option("pictures/", help="The pictures to write into the file."),
     output: str = typer.Option("runs/first", help="The output folder to write into the file."),
+    family: str | None = typer.Option(
+        None, help="The adapter family whose settings to write: dora, lokr, ..."
+    ),
 ) -> None:
     """Print a settings file with every setting, its default and what it does."""
+    from scumble.adapters import FAMILIES
     from scumble.runs.config import RunConfig
     from scumble.runs.toml import template
 
-    typer.echo(template(RunConfig, {"base": base, "data.images": images, "output": output}), nl=False)
+    chosen = {"base": base, "data.images": images, "output": output}
+    if family is not None:
+        chosen["adapter.family"] = FAMILIES.get(family).family
+    typer.echo(template(RunConfig, chosen), nl=False)
 
 
 @app.command("check")

@@ -41,6 +41,7 @@ OPTIONAL: dict[str, tuple[str, str]] = {
     "wandb": ("wandb", 'trackers = ["wandb"]'),
     "prodigyopt": ("prodigy", "the optimizer prodigy"),
     "bitsandbytes": ("bitsandbytes", "the optimizer adamw8bit"),
+    "cryptography": ("sign", "scumble sign, and checking signatures"),
     "peft": ("dev", "loading our files with diffusers' own loader"),
 }
 """Package -> (the extra that installs it, what it is for)."""

@@ -146,7 +146,8 @@ def _report(session: Session, uses: tuple[AdapterUse, ...], said: Console) -> No
     for note in session.base.notes:
         said.print(f"note: {note}", style="yellow", markup=False)
     for resident, use in zip(session.residents, uses, strict=True):
-        said.print(f"{use.path} at {use.strength:g}: {resident.report}", style="green", markup=False)
+        exact = "; trained on this very base" if resident.match.kinship == "exact" else ""
+        said.print(f"{use.path} at {use.strength:g}: {resident.report}{exact}", style="green", markup=False)
         for note in resident.notes:
             said.print(f"note: {note}", style="yellow", markup=False)
 

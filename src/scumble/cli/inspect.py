@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
-    from scumble.formats.inspection import Inspection
+    from scumble.formats.codec import Read
+    from scumble.formats.inspection import Block, Inspection
+    from scumble.models.family import BaseModel
 
 
 def inspect(
@@ -32,8 +36,6 @@ def inspect(
 
 
 def _show(console: Console, found: Inspection) -> None:
-    from rich.table import Table
-
     facts: list[tuple[str, str]] = [
         ("file", str(found.path)),
         ("dialect", found.dialect),
@@ -58,10 +60,33 @@ def _show(console: Console, found: Inspection) -> None:
     if entries:
         console.print("\nmetadata")
         _rows(console, entries)
-    table = Table("block", "layers", "norm of the change", box=None, header_style="bold")
-    for block in found.blocks:
-        table.add_row(block.name, str(block.layers), f"{block.norm:.4g}")
-    console.print()
+    if found.tokens:
+        console.print("\ntokens")
+        _rows(
+            console,
+            [(name, f"{number} vector{'s' * (number != 1)}") for name, number in found.tokens.items()],
+        )
+    if found.blocks:
+        console.print()
+        _picture(console, found.blocks)
+
+
+def _picture(console: Console, blocks: Sequence[Block]) -> None:
+    """A bar for every block, the longest for the block that moves farthest."""
+    from rich.bar import Bar
+    from rich.table import Table
+
+    most = max((block.norm or 0.0 for block in blocks), default=0.0) or 1.0
+    table = Table("block", "layers", "norm of the change", "", box=None, header_style="bold")
+    for block in blocks:
+        known = block.norm is not None
+        bar = Bar(most, 0, block.norm or 0.0, width=32, color="cyan")
+        table.add_row(
+            block.name,
+            str(block.layers),
+            f"{block.norm:.4g}" if known else "only with --against BASE",
+            bar if known else "",
+        )
     console.print(table)
 
 
@@ -107,9 +132,29 @@ def _compare(console: Console, file: Path, against: str) -> None:
         console.print(
             "It was trained on this very base." if same else "It was trained on a base with other weights."
         )
+    if found.state.layers:
+        _act(console, base, found)
     if found.unused:
         for name in found.unused[:10]:
             console.print(Text(f"unused: {name}", style="yellow"))
         if len(found.unused) > 10:
             console.print(f"... and {len(found.unused) - 10} more")
         raise typer.Exit(1)
+
+
+def _act(console: Console, base: BaseModel, found: Read) -> None:
+    """What the adapter does to this base, in numbers."""
+    from scumble.adapters import layers_of
+    from scumble.formats.inspection import blocks_of
+    from scumble.runs.effect import measure_effect
+
+    effect = measure_effect(base, found.state)
+    console.print(
+        f"effect at strength 1: the denoiser's outputs move by {effect.denoiser:.2%}, the text's embedding by "
+        f"{effect.text:.2%} (rms, on fixed inputs)"
+    )
+    if effect.denoiser == 0.0:
+        console.print("It does nothing to this base.", style="yellow")
+    blocks = blocks_of(found.state, {path: layer.weight for path, layer in layers_of(base.roots).items()})
+    if any(block.norm is None for block in blocks_of(found.state)):
+        _picture(console, blocks)

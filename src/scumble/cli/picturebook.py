@@ -53,7 +53,7 @@ def pretrain(
     ),
     stage: str | None = typer.Option(None, help="Run this stage only."),
 ) -> None:
-    """Train the embedded base again from nothing: about an hour and a half on two free CPU cores."""
+    """Train the embedded base again from nothing: about two hours on two free CPU cores."""
     from scumble.picturebook.pretrain import pretrain as run
 
     run(work, stage=stage, log=typer.echo)
@@ -77,6 +77,7 @@ def sheet(
     from scumble.inference.session import Session
     from scumble.models.loading import load_base
     from scumble.picturebook.captions import caption
+    from scumble.picturebook.draw import contact_sheet
     from scumble.picturebook.scenes import random_scene
 
     rng = random.Random(seed)
@@ -87,13 +88,6 @@ def sheet(
         prompt = caption(random_scene(rng, held_out=True), rng)
         request = Request(prompt=prompt, steps=steps, seed=seed + len(pictures), adapters=uses)
         pictures.append(session.generate(request)[0].image)
-    width, height = pictures[0].size
-    gap = 4
-    rows = -(-len(pictures) // columns)
-    page = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
-    for index, picture in enumerate(pictures):
-        row, column = divmod(index, columns)
-        page.paste(picture, (gap + column * (width + gap), gap + row * (height + gap)))
     file.parent.mkdir(parents=True, exist_ok=True)
-    page.save(file)
+    contact_sheet(pictures, columns).save(file)
     typer.echo(f"{len(pictures)} pictures in {file}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 
 from scumble.data import captions as words
+from scumble.data import masks
 from scumble.data.buckets import choose, target_shapes, too_small
 from scumble.data.cuts import anew, bounded
 from scumble.data.duplicates import Look, look_of, near_pairs
@@ -169,6 +170,7 @@ def _see(
     try:
         measured = measure(record)
         image = open_upright(record)
+        masks.measured(record, measured)
     except Refused as error:
         text = str(error).removeprefix(f"{record.key}: ")
         return _Seen(None, None, problem=Problem(error.kind, record.key, text))

@@ -8,6 +8,7 @@ computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from itertools import count
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from scumble.data import cache as caches
 from scumble.data import captions as words
-from scumble.data import cuts
+from scumble.data import cuts, masks
 from scumble.data.buckets import choose, target_shapes, too_small
 from scumble.data.cache import Cache
 from scumble.data.images import (
@@ -92,7 +93,7 @@ class Loader:
         self._weights = [1.0] * len(dataset) if weights is None else [float(weight) for weight in weights]
         if len(self._weights) != len(dataset):
             raise DataError(f"{len(self._weights)} weights were given for {len(dataset)} pictures.")
-        self._measured = _measure_all(dataset, settings.workers)
+        self._measured, self._masks = _measure_all(dataset, settings.workers)
         shapes = target_shapes(settings, resolution=base.resolution, size_multiple=base.size_multiple)
         self._targets = [choose(picture.size, shapes) for picture in self._measured]
         self._refuse_small()
@@ -124,7 +125,8 @@ class Loader:
                 self._measured, self.dataset.records, self._targets, self._weights, strict=True
             )
         ]
-        return caches.key(pictures, self.settings.model_dump(mode="json", exclude=set(NOT_SHOWN)))
+        shown = self.settings.model_dump(mode="json", exclude=set(NOT_SHOWN))
+        return caches.key(pictures, shown, *([self._masks] if any(self._masks) else []))
 
     @property
     def needs_image_encoder(self) -> bool:
@@ -267,6 +269,22 @@ class Loader:
             return found["latents"]
         return self._keep_latents(index, geometry, self._pixels(self._open(index), geometry))
 
+    def _mask(self, visit: Visit) -> Tensor | None:
+        index, geometry = visit.entry, self.geometry(visit)
+        record = self.dataset.records[index]
+        if record.mask is None:
+            return None
+        name = caches.key("mask", self._masks[index], geometry.variant, self._base.latent_factor)
+        bounded = self._cuts[index] is not None
+        if bounded and (found := self.cache.get(name)) is not None:
+            return found["mask"]
+        if masks.measured(record, self._measured[index]) != self._masks[index]:
+            raise DataError(f"{record.mask.key} changed since it was first read. Start again.")
+        mask = masks.weights(masks.opened(record.mask), geometry, self._base.latent_factor)
+        if bounded:
+            self.cache.put(name, {"mask": mask}, about=f"{record.mask.key}, {geometry.variant}")
+        return mask
+
     def _embedding(self, caption: str) -> Conditioning:
         name = self._caption_key(caption)
         found = self.cache.get(name)
@@ -299,8 +317,10 @@ class Loader:
         conditioning = None
         if self._text_embeddings:
             conditioning = Conditioning.cat([self._embedding(caption) for caption in captions])
+        shown = [mask for visit in visits if (mask := self._mask(visit)) is not None]
         return Batch(
             latents=torch.stack([self._latents(visit) for visit in visits]),
+            mask=torch.stack(shown) if shown else None,
             conditioning=conditioning,
             captions=captions,
             frame=frame([self.geometry(visit) for visit in visits]),
@@ -308,6 +328,14 @@ class Loader:
             keys=tuple(sample.key for sample in samples),
             positions=tuple(visit.position for visit in visits),
         )
+
+    def with_text_embeddings(self) -> Loader:
+        """The same order, whose batches carry embeddings by the text encoder as it is now, adapters included: for
+        what is trained after the text encoder came to rest."""
+        other = copy(self)
+        other._text_embeddings = True
+        other._text_key = caches.text_encoder_fingerprint(self._base)
+        return other
 
     def once(self, batch_size: int | None = None) -> Iterator[Batch]:
         """Every picture once, group by group; positions are the indices of the records. The last batch of a
@@ -331,10 +359,13 @@ class Loader:
         raise_all(problems, self.dataset.source)
 
 
-def _measure_all(dataset: Dataset, workers: int) -> list[Measured]:
-    def one(record: Record) -> Measured | Refused:
+def _measure_all(dataset: Dataset, workers: int) -> tuple[list[Measured], list[str]]:
+    """Content and size of every picture, and the content of its mask, "" where it has none."""
+
+    def one(record: Record) -> tuple[Measured, str] | Refused:
         try:
-            return measure(record)
+            picture = measure(record)
+            return picture, masks.measured(record, picture)
         except Refused as error:
             return error
 
@@ -345,7 +376,8 @@ def _measure_all(dataset: Dataset, workers: int) -> list[Measured]:
         if isinstance(result, Refused)
     ]
     raise_all(problems, dataset.source)
-    return [result for result in found if isinstance(result, Measured)]
+    good = [result for result in found if not isinstance(result, Refused)]
+    return [picture for picture, _ in good], [mask for _, mask in good]
 
 
 def still(settings: DataSettings) -> DataSettings:
@@ -367,16 +399,25 @@ def still_batches(
     settings: DataSettings,
     *,
     batch_size: int,
+    text_embeddings: bool = True,
     cache: Cache | None = None,
     progress: Progress = no_progress,
 ) -> list[Batch]:
     """Every picture once, cut in the middle, with its first caption in the first template: for the held-out
-    loss.
+    loss. `text_embeddings` as in `Loader`.
 
     Raises:
         DataError: as `Loader`.
     """
     first = replace(dataset, records=tuple(replace(r, captions=r.captions[:1]) for r in dataset.records))
-    loader = Loader(first, base, still(settings), batch_size=batch_size, seed=0, cache=cache)
+    loader = Loader(
+        first,
+        base,
+        still(settings),
+        batch_size=batch_size,
+        seed=0,
+        text_embeddings=text_embeddings,
+        cache=cache,
+    )
     loader.prepare(progress=progress)
     return list(loader.once())

@@ -35,6 +35,8 @@ class Record:
     """The stored bytes, where there are some: caches know a picture by their hash, else by its pixels."""
     repeats: int = 1
     """How often the picture counts in one epoch."""
+    mask: Record | None = field(default=None, compare=False, repr=False)
+    """A grey picture of the same size that says where the loss counts: white does, black does not."""
 
 
 @dataclass(frozen=True)

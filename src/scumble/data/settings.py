@@ -37,6 +37,9 @@ class DataSettings(Settings):
     held_out: Annotated[float, Field(ge=0)] = 0
     """Pictures kept out of training for the held-out loss, chosen by the seed: a fraction below 1, or a
     count."""
+    masks: PathText | None = None
+    """Where the loss counts. "alpha": where a picture is not transparent. Or a folder, `masks/` in `images` or any
+    other, with a grey picture of the same name and size for each: white counts, black does not."""
     repeats: Annotated[int, Field(ge=1)] = 1
     """How often a picture counts in one epoch. Folders named like `10_dog` multiply it by their own
     number."""
@@ -112,6 +115,7 @@ NOT_SHOWN = frozenset(
         "split",
         "max_samples",
         "held_out",
+        "masks",
     }
     | {"repeats", "resolution", "bucket_step", "allow_upscale", "cache", "workers"}
 )

@@ -19,6 +19,7 @@ from typing import Any
 
 from PIL import Image
 
+from scumble.data import masks
 from scumble.data.problems import Problem, raise_all
 from scumble.data.record import Record
 from scumble.data.settings import DataSettings
@@ -95,7 +96,15 @@ def look(settings: DataSettings, *, seed: int = 0) -> Dataset:
     if settings.max_samples is not None and settings.max_samples < len(dataset):
         chosen = Streams(seed).python("data.max samples").sample(range(len(dataset)), settings.max_samples)
         dataset = dataset.only(sorted(chosen))
-    return dataset
+    if settings.masks is None:
+        return dataset
+    records, problems = masks.attach(dataset.records, settings)
+    return replace(dataset, records=records, problems=(*dataset.problems, *problems))
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Every picture below `folder`, sorted; none where there is no such folder."""
+    return [path for path in _walk(folder) if path.suffix.lower() in PICTURES]
 
 
 # -- folders -------------------------------------------------------------------------------------------------
@@ -123,7 +132,8 @@ def _record(
 
 
 def _folder(root: Path, settings: DataSettings) -> Dataset:
-    files = _walk(root)
+    apart = masks.folder(settings)
+    files = [path for path in _walk(root) if apart is None or apart not in path.parents]
     pictures = [path for path in files if path.suffix.lower() in PICTURES]
     sheets = [path for path in files if path.name in METADATA]
     tables = [path for path in files if path.suffix.lower() in _TABLES]

@@ -6,6 +6,7 @@
     text_encoder.text_model...self_attn.q_proj.to_q_lora.down.weight    0.16: with to_k_lora, to_v_lora,
                                                                         to_out_lora beside it, which were
                                                                         never used
+    text_encoder.text_model...q_proj.lora_linear_layer.down.weight      0.19 and 0.20: as of today's dialect
 
 `to_out_lora` is the layer `to_out.0`.
 """
@@ -21,13 +22,23 @@ from scumble.formats.codec import cannot_represent
 from scumble.formats.container import TensorFile
 from scumble.formats.keymap import LayerNames, classic
 from scumble.formats.metadata import LayerFacts, layer_facts, to_header
-from scumble.formats.pairs import Decoded, Factor, assemble, check_lora, refuse_unsupported
+from scumble.formats.pairs import Decoded, Factor, assemble, check_lora, refuse_unsupported, split_factor
 
 _TENSOR = re.compile(
     r"(?P<parent>.+?)(\.processor)?\.to_(?P<which>q|k|v|out)_lora\.(?P<part>down|up)\.weight"
 )
 _UNET = re.compile(r"(?P<parent>unet\..+)\.to_(?P<which>q|k|v|out\.0)")
 _CLIP = re.compile(r"(?P<parent>text_encoder.*\.self_attn)\.(?P<which>q|k|v|out)_proj")
+
+
+_ROOTED = ("unet.", "text_encoder.", "text_encoder_2.")
+
+
+def is_processor(name: str) -> bool:
+    """Whether a tensor is called as in this dialect."""
+    return _TENSOR.fullmatch(name) is not None and not name.startswith(
+        ("lora_", "lycoris_", "diffusion_model.")
+    )
 
 
 class AttentionProcessors:
@@ -37,7 +48,7 @@ class AttentionProcessors:
 
     def matches(self, file: TensorFile) -> bool:
         """Whether any tensor is called so."""
-        return any(_TENSOR.fullmatch(name) for name in file.tensors)
+        return any(is_processor(name) for name in file.tensors)
 
     def decode(self, file: TensorFile, layers: Collection[LayerPath] | None) -> Decoded:
         """See `Codec.decode`. The scale is always 1."""
@@ -46,6 +57,9 @@ class AttentionProcessors:
         for name in file.tensors:
             match = _TENSOR.fullmatch(name)
             if match is None:
+                spelled, part = split_factor(name)
+                if part in ("down", "up") and name.startswith(_ROOTED):
+                    factors.append(Factor(name, spelled, part))
                 continue
             layer = _layer(match["parent"], match["which"])
             if layer is None:

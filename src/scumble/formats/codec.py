@@ -19,9 +19,22 @@ from torch import Tensor
 
 from scumble.adapters.state import AdapterState, LayerPath
 from scumble.errors import CannotRepresent, FormatError, NotFinite, UnknownFormat, UnusedTensors, WrongBase
-from scumble.formats.container import PICKLES, WEIGHTS_NAME, TensorFile, find, load, read_header, save
+from scumble.formats.container import (
+    PICKLES,
+    WEIGHTS_NAME,
+    TensorFile,
+    files_of,
+    find,
+    load,
+    read_header,
+    save,
+    save_text,
+    split,
+)
 from scumble.formats.keymap import ROOTS, split_root
+from scumble.formats.kinds import weight_shape
 from scumble.formats.pairs import NO_LAYER, Decoded, count
+from scumble.formats.seal import sealed
 from scumble.formats.tables.bases import TITLES, WIDTHS
 from scumble.registry import Registry
 
@@ -31,6 +44,9 @@ class Codec(Protocol):
 
     name: str
     """What users type after `--save-as`."""
+    # A codec may have `file_name: str`, what its readers look for in a folder; it then writes folders only. And
+    # `read_only: bool`, when it writes nothing; and `diffusers_reads = False`: model cards then name another way
+    # to load the file.
 
     def matches(self, file: TensorFile) -> bool:
         """Whether this codec reads `file`, told from names and shapes alone (tensors may be meta tensors)."""
@@ -59,18 +75,32 @@ CODECS: Registry[type[Codec]] = Registry(
     {
         "diffusers": "scumble.formats.diffusers:Diffusers",
         "attention-processors": "scumble.formats.attention_processors:AttentionProcessors",
+        "lycoris": "scumble.formats.lycoris:Lycoris",
+        "kohya": "scumble.formats.kohya:Kohya",
+        "peft": "scumble.formats.peft:Peft",
+        "cloneofsimo": "scumble.formats.cloneofsimo:Cloneofsimo",
+        "comfyui": "scumble.formats.comfyui:ComfyUI",
+        "embedding": "scumble.formats.embedding:Embedding",
     },
 )
+
+_USUAL = ("diffusers", "lycoris")
+"""The dialects that a file is written in when none is named, the first that can hold it."""
+
+_TENSORS = 20_000
+"""An adapter of every layer of SDXL, in the family with the most tensors, has 12,000."""
 
 _FOREIGN: tuple[tuple[str, str], ...] = (
     (r"(model\.diffusion_model|first_stage_model|cond_stage_model)\.", "a whole Stable Diffusion checkpoint"),
     (r"base_model\.model\.", "a peft adapter (adapter_model.safetensors)"),
-    (r"(lora_unet|lora_te[12]?|oft_unet)_", "a kohya sd-scripts or LyCORIS adapter"),
-    (r"lycoris_", "a LyCORIS adapter"),
+    (
+        r"(lora_unet|lora_te[12]?|oft_unet|oft_te|lycoris)_",
+        "a kohya or LyCORIS adapter of another family than LoRA",
+    ),
+    (r"(lora_transformer|lora_te3|lora_prior)_", "a kohya adapter for another kind of base"),
     (r"(diffusion_model|text_encoders\.\w+)\.", "an adapter in ComfyUI's naming"),
     (r"(input_blocks|middle_block|output_blocks)\.", "an adapter in the naming of the original SD code"),
     (r"(unet|text_encoder):\d+:(up|down)$", "a cloneofsimo/lora adapter"),
-    (r"(emb_params|emp_params|string_to_param|clip_[lg]|<[^>]+>)$", "a textual-inversion embedding"),
     (
         r"(conv_in|conv_out|time_embedding|down_blocks|up_blocks|mid_block)\.(?!.*lora)",
         "a whole UNet, not an adapter",
@@ -90,7 +120,7 @@ class Read:
     dialect: str
     """Name of the codec."""
     path: Path
-    """The file itself, also when a folder was given."""
+    """The file itself, also when a folder was given; the folder of an adapter in parts."""
     used: tuple[str, ...]
     """Names of the tensors that are in `state`."""
     unused: tuple[str, ...]
@@ -99,6 +129,8 @@ class Read:
     """What was assumed or left aside, for people."""
     report: str
     """`"128/128 unet layers, 0 unused tensors (alpha absent: using alpha = rank)"`"""
+    files: tuple[Path, ...] = ()
+    """All its files: more than one of an adapter in parts."""
 
 
 def detect(path: str | Path) -> str:
@@ -125,13 +157,13 @@ def read(path: str | Path, layers: Layers | None = None, *, allow_partial: bool 
         FormatError: the file is damaged, contradicts itself, holds an unknown family, or nothing fits.
     """
     where = find(path)
-    codec = _codec_for(read_header(where))
+    codec = _codec_for(read_header(where))  # before a whole checkpoint of several GB is read
     file = load(where)
     _refuse_non_finite(file.tensors, f"{where.name} can't be used")
     shapes = _shapes(layers) if isinstance(layers, Mapping) else {}
     decoded = codec.decode(file, shapes or layers)
     # the wrong base explains unused tensors better than their list does
-    whole = codec.decode(file, None) if decoded.unused else decoded
+    whole = _believed(codec, file, decoded) if decoded.unused else decoded
     _refuse_wrong_base(whole.state, shapes)
     _refuse_unused(decoded, codec, shapes, allow_partial)
     return Read(
@@ -142,16 +174,19 @@ def read(path: str | Path, layers: Layers | None = None, *, allow_partial: bool 
         tuple(decoded.unused),
         decoded.notes,
         _report(decoded),
+        tuple(files_of(where).values()),
     )
 
 
 def write(
-    state: AdapterState, path: str | Path, dialect: str = "diffusers", dtype: torch.dtype | None = None
+    state: AdapterState, path: str | Path, dialect: str | None = None, dtype: torch.dtype | None = None
 ) -> Path:
     """Write `state` as `dialect`, in one atomic step; equal states give equal bytes. Returns the file's path.
+    Without `dialect` it is diffusers', or another that holds the adapter where that one does not.
 
-    `path` is a .safetensors file, or a folder, where the file is called as diffusers expects. `dtype` casts
-    the tensors, None keeps them as they are.
+    `path` is a .safetensors file, or a folder, where the file is called as its readers expect. A dialect of
+    several files makes a folder of that name, and its path is returned. `dtype` casts the tensors, None keeps
+    them as they are; alphas keep their precision.
 
     Raises:
         CannotRepresent: the dialect can't hold this adapter; the text names those that can.
@@ -161,18 +196,73 @@ def write(
     path = Path(path)
     if path.suffix.lower() in PICKLES:
         raise FormatError(f"{path.name} would be a pickle; adapters are written as .safetensors only.")
-    if path.suffix.lower() != ".safetensors":
-        path = path / WEIGHTS_NAME
     if not state.layers and not state.tokens:
         raise FormatError("The adapter holds no layers: there is nothing to write.")
-    file = CODECS.get(dialect)().encode(state)
-    _refuse_non_finite(file.tensors, "refusing to save")
+    codec = CODECS.get(dialect or dialect_for(state))()
+    _refuse_non_finite(_tensors(state), "refusing to save")
     if dtype is not None:
-        file = replace(file, tensors={name: tensor.to(dtype) for name, tensor in file.tensors.items()})
+        state = _cast(state, dtype)
         word = str(dtype).removeprefix("torch.")
-        _refuse_non_finite(file.tensors, f"refusing to save: too large for {word}, take bfloat16 or float32")
-    save(file, path)
-    return path
+        said = f"refusing to save: too large for {word}, take bfloat16 or float32"
+        _refuse_non_finite(_tensors(state), said)
+    file = codec.encode(state)
+    folder = getattr(codec, "file_name", None)
+    if folder is None and path.suffix.lower() == ".safetensors":
+        save(sealed(file), path)
+        return path
+    if path.suffix.lower() == ".safetensors":  # a dialect whose adapters are folders
+        path = path.with_suffix("")
+    for part, one in split(file).items():
+        for name, text in one.beside.items():
+            save_text(text, path / part / name)
+        save(sealed(one), path / part / (folder or WEIGHTS_NAME))
+    return path if file.parts else path / (folder or WEIGHTS_NAME)
+
+
+def _tensors(state: AdapterState) -> dict[str, Tensor]:
+    tensors = {
+        f"{path}.{name}": t for path, layer in state.layers.items() for name, t in layer.tensors.items()
+    }
+    return tensors | {
+        f"{n}.{root}": t for n, token in state.tokens.items() for root, t in token.vectors.items()
+    }
+
+
+def _cast(state: AdapterState, dtype: torch.dtype) -> AdapterState:
+    def cast(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+    return replace(
+        state,
+        layers={path: replace(layer, tensors=cast(layer.tensors)) for path, layer in state.layers.items()},
+        tokens={name: replace(token, vectors=cast(token.vectors)) for name, token in state.tokens.items()},
+    )
+
+
+def dialect_for(state: AdapterState) -> str:
+    """The dialect that `state` is written in when none is named.
+
+    Raises:
+        CannotRepresent: no dialect holds it.
+    """
+    order = (*_USUAL, *(name for name in CODECS if name not in _USUAL))
+    able = next((name for name in order if CODECS.get(name)().obstacle(state) is None), None)
+    if able is None:
+        raise cannot_represent(CODECS.get(_USUAL[0])(), state)
+    return able
+
+
+def _believed(codec: Codec, file: TensorFile, decoded: Decoded) -> Decoded:
+    """The file's content without a base; what the base made of it where the dialect can't do without one."""
+    try:
+        return codec.decode(file, None)
+    except WrongBase:
+        return decoded
+
+
+def written() -> tuple[str, ...]:
+    """The names of the formats that are written; the others are read only."""
+    return tuple(name for name in CODECS if not getattr(CODECS.get(name), "read_only", False))
 
 
 def cannot_represent(codec: Codec, state: AdapterState) -> CannotRepresent:
@@ -193,8 +283,9 @@ def cross_attention_width(shapes: Mapping[LayerPath, Sequence[int]]) -> int | No
 
 
 def down_shapes(state: AdapterState) -> dict[LayerPath, tuple[int, ...]]:
-    """Shapes of the factors that read the layers' inputs, (rank, in[, k, k])."""
-    return {path: tuple(layer.tensors["down"].shape) for path, layer in state.layers.items()}
+    """Shapes (any, in[, k, k]) of the weights that the layers change, where their tensors tell."""
+    shapes = {path: weight_shape(layer) for path, layer in state.layers.items()}
+    return {path: shape for path, shape in shapes.items() if shape is not None and shape[1]}
 
 
 def base_title(width: int | None, family: str = "") -> str | None:
@@ -208,6 +299,10 @@ def base_title(width: int | None, family: str = "") -> str | None:
 def _codec_for(file: TensorFile) -> Codec:
     if not file.tensors:
         raise UnknownFormat(f"{file.label} holds no tensors.")
+    if len(file.tensors) > _TENSORS:
+        raise UnknownFormat(
+            f"{file.label} holds {len(file.tensors)} tensors; no adapter has more than {_TENSORS}."
+        )
     claims = [codec for name in CODECS if (codec := CODECS.get(name)()).matches(file)]
     if len(claims) == 1:
         return claims[0]
@@ -236,8 +331,11 @@ def _refuse_non_finite(tensors: Mapping[str, Tensor], what: str) -> None:
 
 
 def _finite(tensor: Tensor) -> bool:
+    if not tensor.numel():
+        return True
     wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # torch can't ask this of 8-bit floats
-    return bool(torch.isfinite(wide).all())
+    # NaN comes through both; one pass without copies, many times as fast as isfinite on every number
+    return bool(torch.isfinite(torch.stack(torch.aminmax(wide))).all())
 
 
 def _shapes(layers: Mapping[LayerPath, Any]) -> dict[LayerPath, tuple[int, ...]]:
@@ -264,7 +362,8 @@ def _refuse_wrong_base(state: AdapterState, shapes: Mapping[LayerPath, Sequence[
 def _refuse_unused(
     decoded: Decoded, codec: Codec, shapes: Mapping[LayerPath, Sequence[int]], allow_partial: bool
 ) -> None:
-    if decoded.state.layers and (allow_partial or not decoded.unused):
+    something = decoded.state.layers or decoded.state.tokens
+    if something and (allow_partial or not decoded.unused):
         return
     reasons = Counter(decoded.unused.values())
     total = len(decoded.unused) + len(decoded.used) + len(decoded.ignored)
@@ -273,9 +372,16 @@ def _refuse_unused(
         lines.append(f"{sum(reasons.values()) - sum(n for _, n in reasons.most_common(6))} more do not fit.")
     model = base_title(cross_attention_width(shapes))
     lines.append(f"File dialect: {codec.name}." + (f" Model: {model}." if model else ""))
+    there = {split_root(path)[0] for path in shapes}
+    strange = sorted({split_root(name)[0] for name in decoded.layers} - there) if there else []
+    if strange:
+        what = " (a diffusion transformer such as Flux or SD 3)" if "transformer" in strange else ""
+        lines.append(
+            f"The file speaks of {', '.join(strange)}{what}; the model has {', '.join(sorted(there))}."
+        )
     shown = sorted(decoded.unused, key=lambda name: decoded.unused[name] != NO_LAYER)[:3]
     lines.append(f"First {len(shown)} unmatched: {', '.join(_short(name) for name in shown)}.")
-    if not decoded.state.layers:
+    if not something:
         raise UnusedTensors(" ".join([*lines, "Nothing matched: not applied."]))
     lines.append(f"Not applied. --allow-partial (allow_partial=True) applies the other {len(decoded.used)}.")
     raise UnusedTensors(" ".join(lines))

@@ -1,18 +1,23 @@
-"""The safetensors container: names, shapes and bytes in a file, read with suspicion and written reproducibly.
+"""The container of an adapter: names, shapes and bytes in files, read with suspicion and written reproducibly.
 
-Layout: 8 bytes little-endian header length, the header as JSON, the tensors' bytes without gaps. The
-library's own writer puts the metadata in random order; two saves of one adapter must be the same bytes here,
-so the writer is ours. Nothing is ever unpickled.
+A safetensors file is 8 bytes of little-endian header length, the header as JSON, the tensors' bytes without
+gaps. The library's own writer puts the metadata in random order; two saves of one adapter must be the same
+bytes here, so the writer is ours. Pickles are read by `pickles.py`, and never written.
+
+Some adapters are more than one file: peft's have `adapter_config.json` beside the weights, and a folder for
+each component of a pipeline; cloneofsimo's have `lora.text_encoder.pt` and `lora.ti.pt` beside `lora.pt`. All
+of it is one TensorFile here, in which every name begins with its part's: `unet/base_model.model...`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +25,8 @@ import torch
 from torch import Tensor
 
 from scumble.errors import FormatError
+from scumble.formats.pickles import ENDINGS as PICKLES
+from scumble.formats.pickles import is_pickle, load_pickle
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 """The file name that diffusers looks for in a folder."""
@@ -27,10 +34,16 @@ WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 HEADER_LIMIT = 16 * 2**20
 """Bytes. The longest real headers (years of tag statistics) stay under 4 MiB."""
 
+_CONFIG_LIMIT = 2**20
+
 NAME_LIMIT = 300
 """Characters in a tensor's name."""
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PEFT_NAME = "adapter_model.safetensors"
+"""The file name that peft looks for in a folder."""
+
+PEFT_CONFIG = "adapter_config.json"
+"""The file beside it that holds rank and alpha."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -57,6 +70,10 @@ class TensorFile:
     metadata: Mapping[str, str] = field(default_factory=dict)
     path: Path | None = None
     """Where it was read from; None for a file that is not written yet."""
+    beside: Mapping[str, str] = field(default_factory=dict)
+    """Texts of the files that belong to it, by name: adapter_config.json."""
+    parts: tuple[str, ...] = ()
+    """The parts of an adapter in several files; then every name begins with one of them and a slash."""
 
     @property
     def label(self) -> str:
@@ -64,69 +81,149 @@ class TensorFile:
         return self.path.name if self.path is not None else "the file"
 
 
+def join(parts: Mapping[str, TensorFile], path: Path | None = None) -> TensorFile:
+    """The parts of an adapter as one file: `"name"` of the part `"unet"` becomes `"unet/name"`."""
+
+    def together(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        return {f"{part}/{name}": value for part, table in tables.items() for name, value in table.items()}
+
+    return TensorFile(
+        together({part: file.tensors for part, file in parts.items()}),
+        together({part: file.metadata for part, file in parts.items()}),
+        path,
+        together({part: file.beside for part, file in parts.items()}),
+        tuple(parts),
+    )
+
+
+def split(file: TensorFile) -> dict[str, TensorFile]:
+    """The inverse of `join`; a file that is not in parts is its only one, `""`."""
+    if not file.parts:
+        return {"": file}
+
+    def mine(table: Mapping[str, Any], part: str) -> dict[str, Any]:
+        start = part + "/"
+        return {name.removeprefix(start): value for name, value in table.items() if name.startswith(start)}
+
+    return {
+        part: TensorFile(
+            mine(file.tensors, part), mine(file.metadata, part), file.path, mine(file.beside, part)
+        )
+        for part in file.parts
+    }
+
+
 def find(path: str | Path) -> Path:
-    """The one safetensors file that `path` means: itself, or the one in that folder.
+    """The one adapter that `path` means: a file, the one in that folder, or a folder with a part in each of its
+    folders.
 
     Raises:
-        FormatError: there is none, there are several, or it is a pickle.
+        FormatError: there is none, or there are several.
     """
     path = Path(path)
     if not path.exists():
         raise FormatError(f"There is no file or folder {str(path)!r}.")
     if path.is_dir():
         return _find_in(path)
-    if path.suffix.lower() in PICKLES:
-        raise FormatError(_pickle_text(path))
     if not path.is_file():
         raise FormatError(f"{path} is not an ordinary file.")
     return path
 
 
 def _find_in(folder: Path) -> Path:
-    if (folder / WEIGHTS_NAME).is_file():
-        return folder / WEIGHTS_NAME
+    for name in (WEIGHTS_NAME, PEFT_NAME):
+        if (folder / name).is_file():
+            return folder / name
+    if _peft_parts(folder):
+        return folder
     files = sorted(file for file in folder.iterdir() if file.is_file())
-    found = [file for file in files if file.suffix.lower() == ".safetensors"]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        shown = ", ".join(file.name for file in found[:8]) + (", ..." if len(found) > 8 else "")
-        raise FormatError(f"{folder} holds {len(found)} .safetensors files: {shown}. Name the one to read.")
-    pickles = [file for file in files if file.suffix.lower() in PICKLES]
-    if pickles:
-        raise FormatError(_pickle_text(pickles[0]))
-    raise FormatError(f"{folder} holds no .safetensors file.")
+    for kind, endings in ((".safetensors", (".safetensors",)), ("pickled", PICKLES)):
+        found = [file for file in files if file.suffix.lower() in endings]
+        # lora.text_encoder.pt is a part of lora.pt
+        parts = {part for file in found for part in _beside(file).values() if part != file}
+        found = [file for file in found if file not in parts]
+        usual = [file for file in found if file.stem in (Path(WEIGHTS_NAME).stem, Path(PEFT_NAME).stem)]
+        if len(found) == 1 or usual:
+            return (usual or found)[0]
+        if found:
+            shown = ", ".join(file.name for file in found[:8]) + (", ..." if len(found) > 8 else "")
+            raise FormatError(f"{folder} holds {len(found)} {kind} files: {shown}. Name the one to read.")
+    raise FormatError(f"{folder} holds no .safetensors file, and none in another format that is read.")
 
 
-def _pickle_text(path: Path) -> str:
-    return (
-        f"{path.name} is a pickle, which can run any program when it is opened; it was not opened. Convert "
-        'it where you trust it: python -c "import torch, safetensors.torch as s; '
-        f"s.save_file(torch.load('{path.name}', weights_only=True), '{path.stem}.safetensors')\""
-    )
+def files_of(path: Path) -> dict[str, Path]:
+    """The files of the adapter at `path` (see `find`), by the names of their parts; one file is the part ""."""
+    if path.is_dir():
+        return _peft_parts(path)
+    return _beside(path) or {"": path}
+
+
+def _peft_parts(folder: Path) -> dict[str, Path]:
+    """Folders `unet`, `text_encoder`, `text_encoder_2` with peft's files in each."""
+    parts = {}
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        for name in (PEFT_NAME, Path(PEFT_NAME).stem + ".bin"):
+            if (folder / part / name).is_file() and part not in parts:
+                parts[part] = folder / part / name
+    return parts
+
+
+def _beside(path: Path) -> dict[str, Path]:
+    """What cloneofsimo's tool reads together with `lora.pt`; empty when there is nothing beside it."""
+    if path.suffix.lower() != ".pt" or path.stem.endswith((".text_encoder", ".ti")):
+        return {}
+    near = {
+        "text_encoder": path.with_name(f"{path.stem}.text_encoder{path.suffix}"),
+        "ti": path.with_name(f"{path.stem}.ti{path.suffix}"),
+    }
+    found = {part: file for part, file in near.items() if file.is_file()}
+    return {"unet": path, **found} if found else {}
 
 
 def read_header(path: Path) -> TensorFile:
-    """Names, dtypes, shapes and metadata, as tensors on the `meta` device. Reads no weights.
+    """Names, dtypes, shapes and metadata, as tensors on the `meta` device. Reads no weights of safetensors
+    files; pickles have no header and are read whole.
 
     Raises:
         FormatError: the file is no safetensors file, is cut short, or its header contradicts itself.
     """
+    return _gather(path, _read_header)
+
+
+def load(path: Path) -> TensorFile:
+    """The whole adapter in memory, on the CPU. Takes as much memory as its files are long.
+
+    Raises:
+        FormatError: as `read_header`.
+    """
+    return _gather(path, _load)
+
+
+def _gather(path: Path, read_one: Callable[[Path], TensorFile]) -> TensorFile:
+    files = files_of(path)
+    if set(files) == {""}:
+        return read_one(path)
+    return join({part: read_one(file) for part, file in files.items()}, path)
+
+
+def _read_header(path: Path) -> TensorFile:
+    if _is_pickle(path):
+        file = _load(path)
+        tensors = {name: tensor.to("meta") for name, tensor in file.tensors.items()}
+        return replace(file, tensors=tensors)
     with _open(path) as stream:
         entries, metadata, _ = _parse(stream, path)
     tensors = {
         name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape, _, _) in entries.items()
     }
-    return TensorFile(tensors, metadata, path)
+    return TensorFile(tensors, metadata, path, _sidecars(path))
 
 
-def load(path: Path) -> TensorFile:
-    """The whole file in memory, on the CPU. Takes as much memory as the file is long.
-
-    Raises:
-        FormatError: as `read_header`.
-    """
-    tensors = {}
+def _load(path: Path) -> TensorFile:
+    tensors: dict[str, Tensor] = {}
+    if _is_pickle(path):
+        tensors, texts = load_pickle(path)
+        return TensorFile(tensors, texts, path, _sidecars(path))
     with _open(path) as stream:
         entries, metadata, start = _parse(stream, path)
         for name, (dtype, shape, begin, end) in entries.items():
@@ -135,7 +232,30 @@ def load(path: Path) -> TensorFile:
             if stream.readinto(content) != len(content):  # type: ignore[attr-defined]
                 raise FormatError(f"{path.name} was cut short while it was being read, in tensor {name!r}.")
             tensors[name] = torch.frombuffer(content, dtype=dtype).view(shape)
-    return TensorFile(tensors, metadata, path)
+    return TensorFile(tensors, metadata, path, _sidecars(path))
+
+
+def _is_pickle(path: Path) -> bool:
+    """By name and content: nothing that is called .safetensors is ever unpickled."""
+    if path.suffix.lower() not in PICKLES:
+        return False
+    with _open(path) as stream:
+        return is_pickle(stream.read(8))
+
+
+def _sidecars(path: Path) -> dict[str, str]:
+    """The texts that belong to the file at `path`."""
+    config = path.with_name(PEFT_CONFIG)
+    if path.stem != Path(PEFT_NAME).stem or not config.is_file():
+        return {}
+    with _open(config) as stream:
+        content = stream.read(_CONFIG_LIMIT + 1)
+    if len(content) > _CONFIG_LIMIT:
+        raise FormatError(f"{config} is longer than {_CONFIG_LIMIT} bytes; no configuration of peft is.")
+    try:
+        return {PEFT_CONFIG: content.decode("utf-8")}
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{config} is not text: {error}.") from error
 
 
 def _open(path: Path) -> BinaryIO:
@@ -156,8 +276,11 @@ def _parse(stream: BinaryIO, path: Path) -> tuple[dict[str, _Entry], dict[str, s
     if size == 0:
         raise FormatError(f"{name} is empty (0 bytes). Download or copy it again.")
     first = stream.read(8)
-    if first[:2] == b"PK" or (first[:1] == b"\x80" and first[1:2] in b"\x02\x03\x04\x05"):
-        raise FormatError(_pickle_text(path) + " (It is named like a safetensors file, but is not one.)")
+    if is_pickle(first):
+        raise FormatError(
+            f"{name} is a pickle, which can run any program when it is opened, under the name of a safetensors "
+            "file; it was not opened. Ask for the real file."
+        )
     if first.startswith((b"version", b"<!DOCTY", b"<html", b"<HTML")):
         what = "a Git LFS pointer" if first.startswith(b"version") else "a web page"
         raise FormatError(f"{name} is {what}, not the weights. Download the file itself.")
@@ -243,17 +366,23 @@ def to_bytes(file: TensorFile) -> bytes:
     Raises:
         FormatError: a dtype or a text that the container can't hold.
     """
+    return b"".join(_pieces(file))
+
+
+def _pieces(file: TensorFile) -> list[bytes | memoryview]:
+    """What `to_bytes` is made of, in order; the tensors' bytes are not copied."""
     # wide dtypes first, as the library does, so that every tensor is aligned to its item size
     order = sorted(file.tensors, key=lambda name: (-file.tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {}
     if file.metadata:
         header["__metadata__"] = {key: file.metadata[key] for key in sorted(file.metadata)}
-    chunks, position = [], 0
+    chunks: list[bytes | memoryview] = []
+    position = 0
     for name in order:
         tensor = file.tensors[name]
         if tensor.dtype not in _NAMES:
             raise FormatError(f"Tensor {name!r} has dtype {tensor.dtype}, which safetensors can't hold.")
-        content = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        content = memoryview(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy())
         header[name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -268,7 +397,17 @@ def to_bytes(file: TensorFile) -> bytes:
     text += b" " * (-len(text) % 8)
     if len(text) > HEADER_LIMIT:
         raise FormatError(f"The header would take {len(text)} bytes; at most {HEADER_LIMIT} are written.")
-    return b"".join((len(text).to_bytes(8, "little"), text, *chunks))
+    return [len(text).to_bytes(8, "little"), text, *chunks]
+
+
+def save_text(text: str, path: Path) -> None:
+    """Write `text` to `path` in one step, as `save` does.
+
+    Raises:
+        FormatError: as `save`.
+    """
+    with replacing(path) as stream:
+        stream.write(text.encode("utf-8"))
 
 
 def save(file: TensorFile, path: Path) -> None:
@@ -278,21 +417,35 @@ def save(file: TensorFile, path: Path) -> None:
     Raises:
         FormatError: the disk is full, the folder is read-only, ...; what was at `path` before is untouched.
     """
-    content = to_bytes(file)
+    pieces = _pieces(file)
+    with replacing(path) as stream:
+        stream.writelines(pieces)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A stream whose bytes become the file `path` in one step when the block ends well.
+
+    Raises:
+        FormatError: the disk is full, the folder is read-only, ...; what was at `path` before is untouched then, as
+            after any other error in the block.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as stream:
-            stream.write(content)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise FormatError(
-            f"Can't write {path}: {error.strerror or error}. Nothing was changed there."
-        ) from error
+        if isinstance(error, OSError):
+            raise FormatError(
+                f"Can't write {path}: {error.strerror or error}. Nothing was changed there."
+            ) from error
+        raise
 
 
 def _sync_folder(folder: Path) -> None:

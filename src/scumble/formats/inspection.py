@@ -5,15 +5,23 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from scumble.adapters.state import AdapterState, LayerState, Metadata
+from scumble.adapters.factors import change_of
+from scumble.adapters.families import FAMILIES
+from scumble.adapters.magnitude import INPUTS, OUTPUTS
+from scumble.adapters.state import AdapterState, LayerPath, LayerState, Metadata, TokenState
 from scumble.formats.codec import base_title, cross_attention_width, down_shapes, read
+from scumble.formats.container import files_of
 from scumble.formats.keymap import ROOTS, split_root
+from scumble.formats.kinds import weight_shape
+
+_MAGNITUDES = {INPUTS, OUTPUTS}
 
 
 @dataclass(frozen=True)
@@ -23,8 +31,9 @@ class Block:
     name: str
     """`"unet.down_blocks.0"`"""
     layers: int
-    norm: float
-    """Frobenius norm of the change to all its weights together, at strength 1."""
+    norm: float | None
+    """Frobenius norm of the change to all its weights together, at strength 1; None where that can't be told without
+    the base's weights."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +54,15 @@ class Inspection:
     """How many layers are scaled by alpha / sqrt(rank)."""
     layers: dict[str, int]
     """Component -> number of layers."""
+    tokens: dict[str, int]
+    """Learned token -> number of its vectors."""
     parameters: int
-    """Numbers in the factors."""
+    """Numbers in the tensors."""
     dtypes: tuple[str, ...]
     size: int
     """Bytes of the file."""
     sha256: str
-    """Of the file."""
+    """See `digest_of`."""
     blocks: tuple[Block, ...]
     metadata: Metadata
     notes: tuple[str, ...]
@@ -70,8 +81,7 @@ def inspect(path: str | Path) -> Inspection:
     state = replace(found.state, layers={layer: found.state.layers[layer] for layer in order})
     layers = list(state.layers.values())
     tensors = [tensor for layer in layers for tensor in layer.tensors.values()]
-    with found.path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    tensors += [tensor for token in state.tokens.values() for tensor in token.vectors.values()]
     return Inspection(
         path=found.path,
         dialect=found.dialect,
@@ -81,30 +91,43 @@ def inspect(path: str | Path) -> Inspection:
         alphas=dict(sorted(Counter(layer.alpha for layer in layers).items())),
         rank_stabilized=sum(layer.rank_stabilized for layer in layers),
         layers=dict(Counter(split_root(layer)[0] for layer in state.layers)),
+        tokens={name: _vectors(token) for name, token in state.tokens.items()},
         parameters=sum(tensor.numel() for tensor in tensors),
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
-        size=found.path.stat().st_size,
-        sha256=digest,
-        blocks=_blocks(state),
+        size=sum(file.stat().st_size for file in files_of(found.path).values()),
+        sha256=digest_of(found.path),
+        blocks=blocks_of(state),
         metadata=state.metadata,
         notes=(*found.notes, *(f"unused: {name}" for name in found.unused)),
     )
 
 
-def change_norm(layer: LayerState) -> float:
+def digest_of(path: Path) -> str:
+    """sha256 of an adapter's file; of an adapter in several files: over the sha256 of each, in order of their names."""
+    digests = []
+    for _, file in sorted(files_of(path).items()):
+        with file.open("rb") as stream:
+            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def change_norm(layer: LayerState, weight: Tensor | None = None) -> float | None:
     """Frobenius norm of the change that `layer` makes to its weight, at strength 1.
 
-    ||s U D||^2 = s^2 sum(U'U * DD'): two (r, r) matrices, so the full weight is never built.
+    ||L R||^2 = sum(L'L * RR'): two (r, r) matrices, so the full change is never built. Families whose change is no
+    thin product need the base's `weight`; None is the answer without.
     """
-    return abs(layer.scale) * math.sqrt(
-        _gram(layer.tensors["up"].flatten(1).T, layer.tensors["down"].flatten(1))
-    )
-
-
-def _gram(up: Tensor, down: Tensor) -> float:
-    up, down = up.to(torch.float64), down.to(torch.float64)
+    thin = FAMILIES.get(layer.family).thin(layer)
+    if thin is None:
+        return None if weight is None else float(change_of("", layer, {"": weight}).norm())
+    left, right, _ = thin
+    squares = (left.T @ left).double() * (right @ right.T)
     # rounding may leave a tiny negative number where the exact value is 0
-    return max(0.0, float(((up @ up.T) * (down @ down.T)).sum()))
+    return math.sqrt(max(0.0, float(squares.sum())))
+
+
+def _vectors(token: TokenState) -> int:
+    return max((vectors.shape[0] for vectors in token.vectors.values()), default=0)
 
 
 def _base(state: AdapterState) -> str:
@@ -113,14 +136,29 @@ def _base(state: AdapterState) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _blocks(state: AdapterState) -> tuple[Block, ...]:
-    squares: dict[str, list[float]] = defaultdict(list)
+def blocks_of(state: AdapterState, weights: Mapping[LayerPath, Tensor] | None = None) -> tuple[Block, ...]:
+    """The blocks that an adapter changes, in its layers' order; `weights` are the base's, as for `change_norm`."""
+    norms: dict[str, list[float | None]] = defaultdict(list)
     for path, layer in state.layers.items():
-        squares[_block(path)].append(change_norm(layer) ** 2)
-    return tuple(Block(name, len(found), math.sqrt(sum(found))) for name, found in squares.items())
+        norm = change_norm(layer, None if weights is None else weights.get(path))
+        if norm is None and weights is None:
+            norm = change_norm(layer, _weight_for(layer))
+        norms[block_of(path)].append(norm)
+    return tuple(Block(name, len(found), _root_of_sum(found)) for name, found in norms.items())
 
 
-def _block(path: str) -> str:
+def _weight_for(layer: LayerState) -> Tensor | None:
+    """What stands for the base's weight where a change has its shape and does not depend on its values."""
+    shape = None if _MAGNITUDES & layer.tensors.keys() else weight_shape(layer)
+    return torch.zeros(shape) if shape is not None and 0 not in shape else None
+
+
+def _root_of_sum(norms: Sequence[float | None]) -> float | None:
+    known = [norm for norm in norms if norm is not None]
+    return math.sqrt(sum(norm**2 for norm in known)) if len(known) == len(norms) else None
+
+
+def block_of(path: LayerPath) -> str:
     """`unet.down_blocks.0` of a UNet's layer, `text_encoder.layers.0` of a text encoder's."""
     root, rest = split_root(path)
     parts = [part for part in rest.split(".") if part not in ("text_model", "encoder")]

@@ -8,6 +8,7 @@ we are given.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
 
 from scumble.adapters.state import LayerPath
 
@@ -19,6 +20,19 @@ def split_root(spelled: str) -> tuple[str, str]:
     """(component, rest) of a layer's name. A component saved alone has no prefix; only UNets are."""
     root, _, rest = spelled.partition(".")
     return (root, rest) if root in ROOTS else ("unet", spelled)
+
+
+class Names(Protocol):
+    """How one dialect's names of layers lead to the layers of one base."""
+
+    def resolve(self, spelled: str) -> LayerPath | None:
+        """The layer that a file calls `spelled`, or None when the base has no such layer."""
+
+    def shape(self, path: LayerPath) -> Sequence[int] | None:
+        """The shape of a layer's weight, (out, in[, k, k]), or None when it is not known."""
+
+    def labelled(self, spelled: str) -> str:
+        """`spelled` with the component that it belongs to before it, for counting."""
 
 
 class LayerNames:
@@ -40,12 +54,17 @@ class LayerNames:
         """The shape of a layer's weight, (out, in[, k, k]), or None when it is not known."""
         return self._shapes.get(path)
 
+    def labelled(self, spelled: str) -> str:
+        """`spelled` with the component that it belongs to before it, for counting."""
+        return ".".join(split_root(spelled))
+
 
 def _spellings(spelled: str) -> list[LayerPath]:
     """All paths that `spelled` may stand for, the likeliest first."""
     root, rest = split_root(spelled)
     if root == "unet" and rest.startswith("unet."):  # diffusers 0.22 wrote the prefix twice
         rest = rest.removeprefix("unet.")
+    rest = rest.removeprefix("base_model.model.")  # a peft model's own names, saved by diffusers' writer
     names = [f"{root}.{rest}"]
     if root.startswith("text_encoder"):
         other = rest.removeprefix("text_model.") if rest.startswith("text_model.") else f"text_model.{rest}"

@@ -19,8 +19,15 @@ from scumble.errors import FormatError
 
 PREFIX = "scumble."
 LAYERS = PREFIX + "layers"
-DERIVED = ("format", "lora_adapter_metadata", LAYERS)
-"""Entries that every writer makes anew from the tensors."""
+SEAL = PREFIX + "seal"
+SIGNATURE = PREFIX + "signature"
+TOKENS = PREFIX + "tokens"
+"""The learned words of a file, with their numbers of vectors: `{"<fox>": 4}`."""
+DERIVED = ("format", "lora_adapter_metadata", LAYERS, SEAL, SIGNATURE, TOKENS)
+"""Entries that every writer makes anew from the tensors, or that are of the file and not of the adapter."""
+
+HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+"""Entries that speak of the very file they are in: not carried over to another."""
 
 _TEXTS = tuple(field.name for field in fields(Metadata) if field.name != "extra")
 
@@ -46,7 +53,7 @@ class LayerFacts:
 
 def to_header(metadata: Metadata, layers: Mapping[str, LayerState]) -> dict[str, str]:
     """Header entries for an adapter whose layers the file calls by the keys of `layers`."""
-    header = {key: value for key, value in metadata.extra.items() if key not in DERIVED}
+    header = {key: value for key, value in metadata.extra.items() if key not in (*DERIVED, *HASHES)}
     header |= {PREFIX + name: text for name in _TEXTS if (text := getattr(metadata, name))}
     header["format"] = "pt"
     facts = {name: LayerFacts.of(layer) for name, layer in layers.items()}

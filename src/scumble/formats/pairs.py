@@ -5,31 +5,33 @@ Every codec of a LoRA dialect parses names into `Factor`s; what can be wrong wit
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from scumble.adapters.state import AdapterState, LayerPath, LayerState
 from scumble.errors import FormatError
 from scumble.formats.container import TensorFile
-from scumble.formats.keymap import LayerNames
-from scumble.formats.metadata import LayerFacts, from_header
+from scumble.formats.keymap import Names
+from scumble.formats.kinds import fit_tensors, kind_of, magnitude, split_ending, state_of, weight_shape
+from scumble.formats.metadata import LAYERS, LayerFacts, from_header, layer_facts
 
 NO_LAYER = "matched no layer"
 
 _UNSUPPORTED = (
-    (re.compile(r"\.lora_magnitude_vector(\.weight)?$"), "lora_magnitude_vector (DoRA)"),
-    (re.compile(r"\.dora_scale$"), "dora_scale (DoRA)"),
-    (re.compile(r"\.magnitude$"), "magnitude (DoRA)"),
     (re.compile(r"\.lora_(B|up)\.bias$"), "lora_B.bias (LoRA with biases)"),
-    (re.compile(r"\.lora_(mid|embedding_[AB])(\.weight)?$"), "lora_mid or lora_embedding"),
-    (re.compile(r"\.hada_[wt][12](_[ab])?$"), "hada_w1 (LoHa)"),
-    (re.compile(r"\.lokr_[wt][12](_[ab])?$"), "lokr_w1 (LoKr)"),
-    (re.compile(r"\.(oft_blocks|oft_R(\.weight)?|boft_[Rs])$"), "oft_blocks (OFT)"),
-    (re.compile(r"\.diff(_b)?$"), "diff (full matrices)"),
+    (re.compile(r"\.lora_embedding_[AB](\.weight)?$"), "lora_embedding"),
+    (re.compile(r"\.(oft_(blocks|diag|R(\.\w+)*)|boft_[Rs])$"), "oft_blocks (OFT or BOFT: a rotation)"),
+    (re.compile(r"\.[wb]_norm$"), "w_norm (changed normalisation layers)"),
+    (re.compile(r"\.diff_b$"), "diff_b (changed biases)"),
+    (re.compile(r"\.(a1|a2|b1|b2|bm)\.weight$"), "a1 and b1 (GLoRA)"),
+    (re.compile(r"\.ia3_l$"), "ia3_l (IA3 in peft's spelling)"),
+    (re.compile(r"\.lokr_t1$"), "lokr_t1 (LoKr with two cores)"),
     (re.compile(r"_custom_diffusion\.weight$"), "custom_diffusion (full matrices)"),
 )
 
@@ -60,7 +62,27 @@ class Factor:
     layer: str
     """The layer as the file spells it."""
     part: str
-    """"down", "up" or "alpha"."""
+    """"down", "up", "mid", "alpha", or one of `kinds.py`."""
+
+
+_FACTORS = (
+    (re.compile(r"(.+)\.lora_A(?:\.default)?\.weight"), "down"),
+    (re.compile(r"(.+)\.lora_B(?:\.default)?\.weight"), "up"),
+    (re.compile(r"(.+)\.lora(?:_linear_layer)?\.down\.weight"), "down"),
+    (re.compile(r"(.+)\.lora(?:_linear_layer)?\.up\.weight"), "up"),
+    (re.compile(r"(.+)\.lora_down\.weight"), "down"),
+    (re.compile(r"(.+)\.lora_up\.weight"), "up"),
+    (re.compile(r"(.+)\.lora_mid\.weight"), "mid"),
+    (re.compile(r"(.+)\.alpha"), "alpha"),
+)
+
+
+def split_factor(name: str) -> tuple[str, str]:
+    """(layer, part) of a tensor's name, in whatever way its tool calls the parts; part is empty for others."""
+    for pattern, part in _FACTORS:
+        if match := pattern.fullmatch(name):
+            return match[1], part
+    return split_ending(name)
 
 
 Scales = Callable[[Mapping[str, int]], tuple[Mapping[str, LayerFacts], tuple[str, ...]]]
@@ -87,7 +109,7 @@ def refuse_unsupported(names: Iterable[str]) -> None:
 def assemble(
     file: TensorFile,
     factors: Sequence[Factor],
-    names: LayerNames,
+    names: Names,
     scales: Scales,
     ignored: Sequence[str] = (),
 ) -> Decoded:
@@ -103,8 +125,9 @@ def assemble(
                 f"Two tensors claim one place: {parts[factor.layer][factor.part]!r} and {factor.name!r}."
             )
         parts[factor.layer][factor.part] = factor.name
-    _refuse_halves(parts)
-    ranks = {spelled: _rank(file, spelled, found) for spelled, found in parts.items()}
+    _refuse_halves({spelled: found for spelled, found in parts.items() if kind_of(found) is None})
+    bare = {spelled: _bare(file, spelled, found) for spelled, found in parts.items()}
+    ranks = {spelled: layer.rank or _untold_rank(file, spelled, parts) for spelled, layer in bare.items()}
     facts, notes = scales(ranks)
     layers: dict[LayerPath, LayerState] = {}
     spelling: dict[LayerPath, str] = {}
@@ -121,19 +144,16 @@ def assemble(
                 f"The file describes one layer twice, as {spelling[path]!r} and as {spelled!r}."
             )
         fact = facts[spelled]
-        layer: LayerState | None = LayerState(
-            family="lora",
-            rank=fact.rank,
-            alpha=fact.alpha,
-            tensors={part: file.tensors[found[part]] for part in ("down", "up")},
-            rank_stabilized=fact.rank_stabilized,
+        if not bare[spelled].rank and LAYERS not in file.metadata:
+            fact = LayerFacts(fact.rank, float(fact.rank))  # where there is no rank, the scale is 1
+        layer: LayerState | None = replace(
+            bare[spelled], rank=fact.rank, alpha=fact.alpha, rank_stabilized=fact.rank_stabilized
         )
         shape = names.shape(path)
         if layer is not None and shape is not None:
             layer = fit(layer, shape)
         if layer is None:
-            down, up = file.tensors[found["down"]].shape, file.tensors[found["up"]].shape
-            mine = (up[0], *down[1:])
+            mine = weight_shape(bare[spelled])
             unused |= dict.fromkeys(
                 found.values(), f"change a weight of {mine}, where the model has {tuple(shape or ())}"
             )
@@ -142,7 +162,11 @@ def assemble(
         spelling[path] = spelled
         used += found.values()
     state = AdapterState(layers, metadata=from_header(file.metadata))
-    return Decoded(state, tuple(used), unused, tuple(ignored), notes if layers else (), tuple(parts))
+    folded = sum("mid" in parts[spelled] for spelled in spelling.values())
+    if folded:
+        notes = (*notes, f"lora_mid of {count(folded, 'layer')} folded into its lora_down, exactly")
+    labels = tuple(names.labelled(spelled) for spelled in parts)
+    return Decoded(state, tuple(used), unused, tuple(ignored), notes if layers else (), labels)
 
 
 def _refuse_halves(parts: Mapping[str, Mapping[str, str]]) -> None:
@@ -155,12 +179,34 @@ def _refuse_halves(parts: Mapping[str, Mapping[str, str]]) -> None:
         )
 
 
+def _bare(file: TensorFile, spelled: str, found: Mapping[str, str]) -> LayerState:
+    """A layer's family and tensors; its rank is 0 where the tensors tell none."""
+    kind = kind_of(found)
+    if kind is not None:
+        return state_of(kind, spelled, {part: file.tensors[name] for part, name in found.items()})
+    rank = _rank(file, spelled, found)
+    tensors = _factors(file, found)
+    shape = (tensors["up"].shape[0], *tensors["down"].shape[1:])
+    extra = magnitude(spelled, {part: file.tensors[name] for part, name in found.items()}, shape)
+    return LayerState("dora" if extra else "lora", rank, float(rank), {**tensors, **extra})
+
+
+def _untold_rank(file: TensorFile, spelled: str, parts: Mapping[str, object]) -> int:
+    """The rank of a layer whose tensors tell none: what our header says, else its alpha, else 1."""
+    ours = layer_facts(file.metadata, parts)
+    if ours is not None:
+        return ours[spelled].rank
+    alpha = file.tensors.get(spelled + ".alpha")
+    value = float(alpha) if alpha is not None and alpha.numel() == 1 else 1.0
+    return int(value) if value.is_integer() and 0 < value < 2**31 else 1
+
+
 def _rank(file: TensorFile, spelled: str, found: Mapping[str, str]) -> int:
     down, up = file.tensors[found["down"]], file.tensors[found["up"]]
     shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
     if (
-        down.ndim != up.ndim
-        or down.ndim not in (2, 4)
+        down.ndim not in (2, 4)
+        or up.ndim not in (2, 4)
         or up.shape[1] != down.shape[0]
         or up.shape[2:].numel() != 1
     ):
@@ -172,7 +218,31 @@ def _rank(file: TensorFile, spelled: str, found: Mapping[str, str]) -> int:
         raise FormatError(
             f"The factors of {spelled!r} are {down.dtype} and {up.dtype}; expected floating point."
         )
+    if "mid" in found:
+        mid, rank = file.tensors[found["mid"]], down.shape[0]
+        if mid.ndim != 4 or tuple(mid.shape[:2]) != (rank, rank) or down.shape[2:].numel() != 1:
+            raise FormatError(
+                f"{found['mid']!r} has shape {tuple(mid.shape)}; expected (rank, rank, k, k) between factors "
+                f"of kernel 1, which have {shapes}. Not applied."
+            )
+        if not mid.is_floating_point():
+            raise FormatError(f"{found['mid']!r} is {mid.dtype}; expected floating point.")
     return down.shape[0]
+
+
+def _factors(file: TensorFile, found: Mapping[str, str]) -> dict[str, Tensor]:
+    """`down` and `up` of a layer, with as many dimensions as each other, and what was between them folded in."""
+    down, up = file.tensors[found["down"]], file.tensors[found["up"]]
+    if "mid" in found:
+        # W[o, i] = up[o, m] mid[m, n] down[n, i] in every place of the kernel: (up) (mid down) has rank r too
+        mid = file.tensors[found["mid"]]
+        wide = torch.float64 if torch.float64 in (down.dtype, mid.dtype) else torch.float32
+        down = torch.einsum("mnkl,ni->mikl", mid.to(wide), down.to(wide).flatten(1))
+    if up.ndim < down.ndim:
+        up = up.reshape(*up.shape, 1, 1)
+    if up.ndim > down.ndim:
+        up = up.flatten(1)
+    return {"down": down, "up": up}
 
 
 def check_lora(path: LayerPath, layer: LayerState) -> None:
@@ -202,16 +272,19 @@ def count(things: Iterable[object] | int, word: str) -> str:
 def fit(layer: LayerState, weight: Sequence[int]) -> LayerState | None:
     """`layer` for a weight of shape (out, in) or (out, in, k, k), or None when it does not fit.
 
-    A 1x1 convolution and a linear layer are one thing; its factors are reshaped to what the weight is.
+    A 1x1 convolution and a linear layer are one thing, and a convolution's `down` may be flat: (rank, in k k).
+    The factors are reshaped to what the weight is.
     """
+    if layer.family != "lora":
+        return fit_tensors(layer, weight)
     down, up = layer.tensors["down"], layer.tensors["up"]
     if tuple(down.shape[1:]) == tuple(weight[1:]) and up.shape[0] == weight[0]:
         return layer
-    if up.shape[0] != weight[0] or down[0].numel() != weight[1] or any(side != 1 for side in weight[2:]):
+    plain = down.shape[2:].numel() == 1  # also when there is nothing after (rank, in)
+    if up.shape[0] != weight[0] or not plain or down[0].numel() != math.prod(weight[1:]):
         return None
-    tail = (1,) * (len(weight) - 2)
     tensors: dict[str, Tensor] = {
-        "down": down.reshape(layer.rank, weight[1], *tail),
-        "up": up.reshape(weight[0], layer.rank, *tail),
+        "down": down.reshape(layer.rank, *weight[1:]),
+        "up": up.reshape(weight[0], layer.rank, *(1,) * (len(weight) - 2)),
     }
     return LayerState(layer.family, layer.rank, layer.alpha, tensors, layer.rank_stabilized)

@@ -12,22 +12,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from scumble.adapters import Adapted, Adapter, base_state, layers_of
-from scumble.adapters.state import LayerPath
+from scumble.adapters.state import LayerPath, Metadata
 from scumble.errors import AdapterError, NoEffect
-from scumble.formats.codec import Read, read
-from scumble.formats.container import WEIGHTS_NAME
+from scumble.formats.codec import Read, cross_attention_width, read
+from scumble.formats.container import PEFT_NAME, WEIGHTS_NAME
 from scumble.formats.inspection import change_norm
 from scumble.formats.keymap import ROOTS
-from scumble.models.family import fingerprint
+from scumble.formats.tables.bases import WIDTHS
+from scumble.inference.provenance import Match, Used, compare
+from scumble.models.family import BaseModel, fingerprint
+from scumble.models.vocabulary import Vocabulary, vocabulary_of
 
 _KEY = "_scumble_attached"
+_UNNAMED = (Path(WEIGHTS_NAME).stem, Path(PEFT_NAME).stem)
+"""What files are called that take their name from their folder."""
 _FINGERPRINTS: WeakKeyDictionary[nn.Module, tuple[object, str]] = WeakKeyDictionary()
 """Denoiser -> (which tensors, in which version; their fingerprint): reading a whole UNet takes seconds."""
 
@@ -44,6 +49,8 @@ class Attached:
     notes: tuple[str, ...]
     """What the user should know, each a sentence: another base, layers that change nothing, tensors left
     out."""
+    match: Match = Match("unknown")  # noqa: RUF009 - a frozen value
+    """Whether this is the base that it was trained on."""
 
     @property
     def strength(self) -> float | Tensor:
@@ -91,7 +98,7 @@ def load_adapter(
 
     Args:
         pipeline: any pipeline with a `unet` or `transformer`; its text encoders are found too.
-        path: a .safetensors file or a folder that holds one; several as a list.
+        path: a file in any dialect of `formats`, or a folder that holds one; several as a list.
         strength: 0 is the bare base, 1 as trained; a list, or one for all.
         name: how to call it; by default after the file or its folder.
         allow_partial: use what fits when some tensors of the file do not, and say so.
@@ -120,9 +127,11 @@ def load_adapter(
     # everything that can be wrong with files is found before the first layer is touched
     read_in = [read_checked(where, layers, allow_partial, pipeline, roots) for where in paths]
     try:
-        for (found, notes), how_much, called in zip(read_in, strengths, names, strict=True):
-            adapter = Adapter.load(roots, found.state, name=called, strength=how_much)
-            done.append(Attached(called, adapter, found.path, f"applied {found.report}", notes))
+        for (found, match, notes), how_much, called in zip(read_in, strengths, names, strict=True):
+            adapter = Adapter.load(
+                roots, found.state, name=called, strength=how_much, vocabularies=vocabularies_of(pipeline)
+            )
+            done.append(Attached(called, adapter, found.path, f"applied {found.report}", notes, match))
     except BaseException:
         for attached in reversed(done):
             attached.adapter.eject()
@@ -160,6 +169,17 @@ def roots_of(pipeline: Any) -> dict[str, nn.Module]:
     return roots
 
 
+def vocabularies_of(pipeline: Any) -> dict[str, Vocabulary]:
+    """The words of each text encoder of a pipeline, under diffusers' name for the encoder."""
+    names = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"}
+    found = {
+        encoder: getattr(pipeline, words, None)
+        for encoder, words in names.items()
+        if isinstance(getattr(pipeline, encoder, None), nn.Module)
+    }
+    return {encoder: vocabulary_of(words) for encoder, words in found.items() if words is not None}
+
+
 def _refuse_peft(roots: Mapping[str, nn.Module]) -> None:
     for root, module in roots.items():
         if any(hasattr(layer, "base_layer") for layer in module.modules()):
@@ -178,9 +198,7 @@ def _names(
     names: list[str] = []
     for path in map(Path, paths):
         whole = path.resolve()
-        stem = (
-            whole.name if whole.is_dir() else whole.parent.name if whole.name == WEIGHTS_NAME else whole.stem
-        )
+        stem = whole.name if whole.is_dir() else whole.parent.name if whole.stem in _UNNAMED else whole.stem
         called, number = stem or "adapter", 2
         while called in names or any(called in module for module in adapted):
             called, number = f"{stem or 'adapter'}-{number}", number + 1
@@ -194,11 +212,19 @@ def read_checked(
     allow_partial: bool,
     pipeline: Any,
     roots: Mapping[str, nn.Module],
-) -> tuple[Read, tuple[str, ...]]:
-    """The file, and what its user should know of it."""
+    base: BaseModel | None = None,
+) -> tuple[Read, Match, tuple[str, ...]]:
+    """The file, whether the base is the one that it was trained on, and what its user should know of both.
+
+    `base`: what the pipeline was made of, where that is known.
+
+    Raises:
+        FormatError: see `formats.read`; WrongBase also where the file names another family than the base's.
+        NoEffect: every change in the file is zero.
+    """
     found = read(path, layers, allow_partial=allow_partial)
     idle = [layer for layer, state in found.state.layers.items() if change_norm(state) == 0.0]
-    if len(idle) == len(found.state.layers):
+    if len(idle) == len(found.state.layers) and not found.state.tokens:
         raise NoEffect(
             f"{found.path.name} has no numerical effect: the change is zero in all {len(idle)} layers. It "
             "was saved before its first training step, or its alpha is 0. Not applied."
@@ -210,12 +236,7 @@ def read_checked(
         )
     if found.unused:
         notes.append(f"{len(found.unused)} tensors were left out, first {found.unused[0]!r}.")
-    return found, (*notes, *_base_notes(found, pipeline, roots))
-
-
-def _base_notes(found: Read, pipeline: Any, roots: Mapping[str, nn.Module]) -> list[str]:
-    """Where the adapter was trained on something else than what it is used with."""
-    said, notes = found.state.metadata, []
+    said = found.state.metadata
     scheduler = getattr(pipeline, "scheduler", None)
     prediction = getattr(getattr(scheduler, "config", None), "prediction_type", "")
     if said.prediction_type and prediction and said.prediction_type != prediction:
@@ -223,19 +244,40 @@ def _base_notes(found: Read, pipeline: Any, roots: Mapping[str, nn.Module]) -> l
             f"It was trained on a base that predicts {said.prediction_type}; this pipeline's scheduler "
             f"says {prediction}."
         )
+    match = compare(said, _used(said, layers, pipeline, roots, base))
+    return found, match, (*notes, *([match.note] if match.note else []))
+
+
+def _used(
+    said: Metadata,
+    layers: Mapping[LayerPath, nn.Module],
+    pipeline: Any,
+    roots: Mapping[str, nn.Module],
+    base: BaseModel | None,
+) -> Used:
+    """The base in the pipeline, as far as it is known. Its weights are read only where the file says its own's."""
+    if base is not None:
+        name, family = base.name, base.family
+    else:
+        shapes = {path: cast(Tensor, layer.weight).shape for path, layer in layers.items()}
+        width = cross_attention_width(shapes)
+        name = str(getattr(getattr(pipeline, "config", None), "_name_or_path", None) or "")
+        family = WIDTHS[width][0] if width in WIDTHS else ""
+    if not said.base_fingerprint:
+        return Used(name, family)
     denoiser = next(iter(roots.values()))
     weight = next(denoiser.parameters())
-    # rounded to bf16 the weights have lost what the fingerprint is made of; offloaded ones are on "meta"
-    comparable = weight.dtype in (torch.float16, torch.float32, torch.float64) and not weight.is_meta
-    if said.base_fingerprint and comparable:
-        mine = _fingerprint(denoiser)
-        if mine != said.base_fingerprint:
-            notes.append(
-                f"It was trained on {said.base_name[:80] or 'another base'} (weights "
-                f"{said.base_fingerprint[:12]}); this base has other weights ({mine[:12]}). It "
-                "may act differently."
-            )
-    return notes
+    if weight.is_meta:
+        return Used(name, family, why="its weights are offloaded")
+    # rounded to bf16 the weights have lost what the fingerprint is made of; a loaded base took it before
+    if weight.dtype in (torch.float16, torch.float32, torch.float64):
+        return Used(name, family, _fingerprint(denoiser))
+    if base is not None:
+        return Used(name, family, base.fingerprint())
+    word = str(weight.dtype).removeprefix("torch.")
+    return Used(
+        name, family, why=f"they are rounded to {word} (load the pipeline in float16 or float32 to compare)"
+    )
 
 
 def _fingerprint(denoiser: nn.Module) -> str:

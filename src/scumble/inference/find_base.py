@@ -6,14 +6,18 @@ does the model card (README.md) that stands beside most adapters.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scumble.errors import FormatError, HubError, ModelError
-from scumble.formats.codec import detect
+from scumble.errors import FormatError, ModelError
+from scumble.formats.codec import cross_attention_width, detect, down_shapes, read
 from scumble.formats.container import WEIGHTS_NAME, find, read_header
 from scumble.formats.metadata import from_header
-from scumble.models.hub import explain, is_hub_id
+from scumble.formats.tables.bases import WIDTHS
+from scumble.inference.repository import download, file_names
+from scumble.models.hub import is_hub_id
+from scumble.models.loading import PICTUREBOOK
 
 CARD = "README.md"
 
@@ -36,7 +40,7 @@ def locate(adapter: str | Path) -> Path:
             f"There is no adapter {str(adapter)!r}. Give a .safetensors file, a folder that holds one, or "
             'the id of a repository on the Hub ("owner/name").'
         )
-    return _download(repo, _weights_name(repo))
+    return download(repo, weights_name(repo, file_names(repo)))
 
 
 def find_base(adapter: str | Path) -> str:
@@ -51,13 +55,15 @@ def find_base(adapter: str | Path) -> str:
     """
     file = locate(adapter)
     said = from_header(read_header(file).metadata).base_name
-    if said:
+    if said and _may_be_loaded(said):
         return said
     local = Path(adapter).expanduser().exists()
-    card = file.with_name(CARD) if local else _download(Path(adapter).as_posix(), CARD, missing=True)
+    card = file.with_name(CARD) if local else _card(Path(adapter).as_posix())
     named = card_bases(card) if card is not None and card.is_file() else ()
     if len(named) == 1:
         return named[0]
+    if said:  # a folder of the machine that trained it, which the error of loading it names
+        return said
     if named:
         raise ModelError(
             f"The model card of {adapter} names {len(named)} bases: {', '.join(named)}. Choose one with "
@@ -68,9 +74,24 @@ def find_base(adapter: str | Path) -> str:
     )
     raise ModelError(
         f"{adapter} does not say which base it was made for: no base name is in its file ({detect(file)}), "
-        f"and {where}. Name the base with --base (in Python: Session(base=...)): picturebook, a Hub id, a "
-        "folder, or a .safetensors checkpoint."
+        f"and {where}.{_shapes_say(file)} Name the base with --base (in Python: Session(base=...)): "
+        "picturebook, a Hub id, a folder, or a .safetensors checkpoint."
     )
+
+
+def _card(repo: str) -> Path | None:
+    return download(repo, CARD) if CARD in file_names(repo) else None
+
+
+def _may_be_loaded(name: str) -> bool:
+    """Whether a base's name means something on this machine, too: no path of another one."""
+    return name == PICTUREBOOK or is_hub_id(name) or Path(name).expanduser().exists()
+
+
+def _shapes_say(file: Path) -> str:
+    """What the shapes betray of the base, as a sentence after a space; empty where they don't."""
+    width = cross_attention_width(down_shapes(read(file).state))
+    return f" By its shapes it is for {WIDTHS[width][1]}." if width in WIDTHS else ""
 
 
 def card_bases(card: Path) -> tuple[str, ...]:
@@ -99,47 +120,20 @@ def card_bases(card: Path) -> tuple[str, ...]:
     return tuple(name for name in listed if isinstance(name, str) and name)
 
 
-def _weights_name(repo: str) -> str:
-    from huggingface_hub import HfApi
-    from huggingface_hub.constants import is_offline_mode
+def weights_name(repo: str, names: Sequence[str]) -> str:
+    """Which of a repository's files is the adapter: the one that diffusers looks for, or the only one at its top.
 
-    if is_offline_mode():  # the cache knows files by name only
-        return WEIGHTS_NAME
-    names = [file.rfilename for file in _asked(repo, lambda: HfApi().model_info(repo)).siblings or ()]
+    Raises:
+        FormatError: there is none, or there are several.
+    """
     found = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
+    found = [name for name in found if not name.startswith("learned_embeds")] or found  # words beside a LoRA
     if WEIGHTS_NAME in found:
         return WEIGHTS_NAME
     if len(found) == 1:
-        return str(found[0])
+        return found[0]
     shown = ", ".join(found[:8]) or "none"
     raise FormatError(
         f"{repo} on the Hub holds {len(found)} .safetensors files ({shown}); one was expected. Download the "
         f"one to use: hf download {repo} FILE"
     )
-
-
-def _download(repo: str, name: str, *, missing: bool = False) -> Any:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    def fetch() -> Path | None:
-        try:
-            return Path(hf_hub_download(repo, name))
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            if missing:
-                return None
-            raise
-
-    return _asked(repo, fetch)
-
-
-def _asked(repo: str, ask: Any) -> Any:
-    """`ask()`, with what the Hub's client raises as one HubError that says what to do."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return ask()
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise HubError(explain(error, repo, None)) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from scumble.errors import AdapterError, ModelError, PrecisionError
 from scumble.inference import attach
 from scumble.inference.drawing import Drawing
 from scumble.inference.find_base import find_base, locate
+from scumble.inference.provenance import Match
 from scumble.inference.request import AdapterUse, Request
 from scumble.inference.schedulers import build_scheduler, suits, unsuitable
 from scumble.models.family import BaseModel
@@ -26,6 +27,9 @@ from scumble.models.loading import load_base
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called after every denoising step with (steps done, steps in all), summed over the request's pictures."""
+
+ADAPTER_BYTES = 4 * 2**30
+"""What resident adapters may take, unless told otherwise: some three hundred of rank 16 on SD 1.5's attention."""
 
 BLACK = 1.0
 """A picture whose 256 levels have a standard deviation below this shows nothing."""
@@ -45,6 +49,10 @@ class Resident:
     """`"applied 128/128 unet layers, 0 unused tensors"`"""
     notes: tuple[str, ...]
     sha256: str
+    match: Match
+    """Whether the base is the one that it was trained on."""
+    size: int
+    """Bytes of its tensors in memory."""
 
 
 class Session:
@@ -54,8 +62,9 @@ class Session:
             session.generate(Request(prompt="a small red fox"))[0].save("fox.png")
 
     A request's own `adapters` are the ones that act; a request without any gets the session's. Each is read
-    once, and switched by its strength. Between requests none acts, and `close` takes them all out: the base
-    is then as it was.
+    once, and switched by its strength. Those that were not used for longest leave when together they take
+    more than `adapter_bytes`; a request that names one of them reads it again. Between requests none acts,
+    and `close` takes them all out: the base is then as it was.
 
     Laws: a picture depends on its request and the base, never on earlier requests nor on the batch it was
     drawn in (beyond rounding); with every strength 0 it is bit-identical to the base's; torch's global
@@ -73,6 +82,7 @@ class Session:
         device: torch.device | str | None = None,
         batch_size: int = 4,
         allow_partial: bool = False,
+        adapter_bytes: int = ADAPTER_BYTES,
     ) -> None:
         """
         Args:
@@ -83,6 +93,8 @@ class Session:
             device: of a base that is loaded here; None takes the GPU if there is one.
             batch_size: pictures drawn at once, at most.
             allow_partial: use what fits of an adapter's file when some of its tensors do not, and say so.
+            adapter_bytes: what resident adapters may take together; those that a request names are kept
+                whatever they take.
 
         Raises:
             ModelError: there is no base, or it can't be loaded.
@@ -100,8 +112,11 @@ class Session:
             self.base = _load(base, uses, dtype, device)
         self.batch_size = max(1, batch_size)
         self._allow_partial = allow_partial
+        self._adapter_bytes = adapter_bytes
         self._defaults = tuple(uses)
         self._residents: dict[Path, Resident] = {}
+        self._recent: dict[Path, None] = {}
+        """Files of residents, the least recently used first; `_residents` has the order of attachment."""
         self._located: dict[Path, Path] = {}
         self._pipeline = cast(Any, self.base.pipeline())
         self._pipeline.set_progress_bar_config(disable=True)
@@ -129,9 +144,9 @@ class Session:
         uses = request.adapters or self._defaults
         residents = self._all(uses)
         whole = request.model_copy(update={"width": width, "height": height, "adapters": uses})
-        notes = self._request_notes(whole)
         drawings: list[Drawing] = []
         with self._acting(residents, uses), self._undisturbed(request.seed):
+            notes = self._request_notes(whole)  # an adapter may bring words of several tokens
             while len(drawings) < request.count:
                 first = len(drawings)
                 seeds = range(
@@ -174,10 +189,11 @@ class Session:
         file = self._file(Path(path))
         if file not in self._residents:
             raise AdapterError(f"{path} is not in memory, so it can't be unloaded.")
-        self._residents.pop(file).adapter.eject()
+        self._leave(file)
 
     def close(self) -> None:
         """Take every adapter out: the base is the very one from before."""
+        self._recent.clear()
         while self._residents:
             _, resident = self._residents.popitem()
             if resident.adapter.attached:
@@ -192,7 +208,8 @@ class Session:
     # Adapters
 
     def _all(self, uses: Sequence[AdapterUse]) -> list[Resident]:
-        residents = [self._resident(use.path) for use in uses]
+        wanted = {self._file(use.path) for use in uses}
+        residents = [self._resident(use.path, wanted) for use in uses]
         for number, resident in enumerate(residents):
             if resident in residents[:number]:
                 raise AdapterError(
@@ -208,24 +225,52 @@ class Session:
         self._located[path] = locate(path).resolve()
         return self._located[path]
 
-    def _resident(self, path: Path) -> Resident:
+    def _resident(self, path: Path, wanted: Collection[Path]) -> Resident:
+        """The adapter of one file, read if it must be; none of `wanted` leaves for it."""
         file = self._file(path)
         status = file.stat()
         stamp = (status.st_mtime_ns, status.st_size)
         known = self._residents.get(file)
         if known is not None and known.stamp == stamp:
+            self._recent[file] = self._recent.pop(file)
             return known
         layers = layers_of(self.base.roots)
-        found, notes = attach.read_checked(file, layers, self._allow_partial, self._pipeline, self.base.roots)
+        found, match, notes = attach.read_checked(
+            file, layers, self._allow_partial, self._pipeline, self.base.roots, self.base
+        )
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        size = sum(
+            tensor.numel() * tensor.element_size()
+            for layer in found.state.layers.values()
+            for tensor in layer.tensors.values()
+        )
+        self._make_room(size, wanted)
         adapter = Adapter.load(
-            self.base.roots, found.state, name=f"{file.stem} #{next(_numbers)}", strength=0.0
+            self.base.roots,
+            found.state,
+            name=f"{file.stem} #{next(_numbers)}",
+            strength=0.0,
+            vocabularies=self.base.vocabularies,
         )
         if known is not None:
-            self._residents.pop(file).adapter.eject()
-        self._residents[file] = Resident(file, stamp, adapter, f"applied {found.report}", notes, digest)
+            self._leave(file)
+        self._residents[file] = Resident(
+            file, stamp, adapter, f"applied {found.report}", notes, digest, match, size
+        )
+        self._recent[file] = None
         return self._residents[file]
+
+    def _make_room(self, size: int, wanted: Collection[Path]) -> None:
+        """Let the least recently used leave until `size` bytes more fit, or only what is wanted is left."""
+        for file in [file for file in self._recent if file not in wanted]:
+            if sum(resident.size for resident in self._residents.values()) + size <= self._adapter_bytes:
+                return
+            self._leave(file)
+
+    def _leave(self, file: Path) -> None:
+        del self._recent[file]
+        self._residents.pop(file).adapter.eject()
 
     @contextmanager
     def _acting(self, residents: Sequence[Resident], uses: Sequence[AdapterUse]) -> Iterator[None]:

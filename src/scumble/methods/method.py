@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from scumble.registry import Registry
 from scumble.rng import Streams
@@ -13,9 +14,11 @@ from scumble.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from scumble.adapters.delta import DeltaSettings
+    from scumble.data.problems import Problem
     from scumble.data.record import Batch, Batches
     from scumble.data.settings import DataSettings
     from scumble.models.family import BaseModel
+    from scumble.models.text import Words
     from scumble.training.plan import Plan
 
 
@@ -31,6 +34,28 @@ class OpenBatches(Protocol):
 
         Raises:
             DataError: the pictures or captions can't be trained on.
+        """
+
+
+class DrawPictures(Protocol):
+    """Has the bare base draw pictures before training, and keeps them: class pictures, say."""
+
+    def __call__(
+        self,
+        prompt: str,
+        count: int,
+        *,
+        folder: Path | None = None,
+        seed: int = 0,
+        steps: int = 25,
+        guidance: float = 7.5,
+        side: int | None = None,
+        batch: int = 4,
+    ) -> Path:
+        """A folder with at least `count` pictures: `folder` with what is missing there drawn into it, or one of the
+        run's own. Pictures drawn before for the same base, prompt and settings are found again.
+
+        `side` in pixels, None the base's own; `batch` pictures are drawn at once.
         """
 
 
@@ -64,6 +89,35 @@ class Ingredients:
     """How `batches` was opened."""
     open_batches: OpenBatches | None = None
     """Opens further datasets."""
+    draw: DrawPictures | None = None
+    """Draws pictures; None where a plan is only looked at, and nothing may be drawn."""
+
+
+@runtime_checkable
+class ShapesData(Protocol):
+    """Settings of a method that change how the dataset is read: an instance prompt is every picture's caption."""
+
+    def shaped(self, data: DataSettings) -> DataSettings:
+        """`data`, with what these settings say of it.
+
+        Raises:
+            ConfigError: they contradict each other.
+        """
+
+
+@runtime_checkable
+class Checks(Protocol):
+    """A method that can tell what is wrong with its settings before a model is loaded."""
+
+    def check(
+        self, options: Settings, data: DataSettings | None, words: Sequence[Words]
+    ) -> Sequence[Problem]:
+        """What is wrong with `options`, beside what they say themselves. `words`: the base's tokenizers; none where
+        they are not there by themselves.
+
+        Raises:
+            DataError: a folder that `options` name can't be used at all.
+        """
 
 
 class Method(Protocol):
@@ -79,6 +133,8 @@ class Method(Protocol):
     """Whether a run must say which pictures it trains on."""
     trains_text: bool
     """Whether the text's embeddings change while it trains, whatever the targets are: they are not cached then."""
+    # A method may have `trains_layers = False`: [adapter] has no effect then; and `file_name: str`, what its result is
+    # called in a run's folder, where that is not what diffusers calls a LoRA.
 
     def plan(self, ingredients: Ingredients) -> Plan:
         """Inject what trains, and say what to do with it.
@@ -89,6 +145,13 @@ class Method(Protocol):
 
 
 METHODS: Registry[Method] = Registry(
-    "method", {"text-to-image": "scumble.methods.text_to_image:text_to_image"}
+    "method",
+    {
+        "dreambooth": "scumble.methods.dreambooth:dreambooth",
+        "pivotal": "scumble.methods.pivotal:pivotal",
+        "slider": "scumble.methods.slider:slider",
+        "text-to-image": "scumble.methods.text_to_image:text_to_image",
+        "textual-inversion": "scumble.methods.textual_inversion:textual_inversion",
+    },
 )
 """Methods by name."""

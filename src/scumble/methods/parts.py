@@ -17,6 +17,7 @@ from scumble.errors import NoEffect, TrainingError
 from scumble.methods.method import Ingredients
 from scumble.models.family import BaseModel, Frame
 from scumble.rng import Streams
+from scumble.settings import Settings
 from scumble.training.objective import ObjectiveSettings, denoising_loss
 from scumble.training.plan import Trainable
 
@@ -74,8 +75,13 @@ def identity(ingredients: Ingredients) -> dict[str, Any]:
         "adapter": ingredients.adapter.model_dump(mode="json"),
         "targets": [targets] if isinstance(targets, str) else list(targets),
         "objective": ingredients.train.objective.model_dump(mode="json"),
-        **({"method": options} if (options := ingredients.options.model_dump(mode="json")) else {}),
+        **({"method": options} if (options := _said(ingredients.options)) else {}),
     }
+
+
+def _said(options: Settings) -> dict[str, Any]:
+    """What differs from the defaults: a new setting does not part a run from its checkpoints."""
+    return options.model_dump(mode="json", exclude_defaults=True)
 
 
 def facts(adapter: Adapter, ingredients: Ingredients) -> dict[str, object]:
@@ -150,10 +156,11 @@ def verify(state: AdapterState, base: BaseModel, fresh: Callable[[], BaseModel],
         TrainingError: the live model answers otherwise: what was saved is not what was trained.
     """
     other = fresh()
-    bare = _answers(other, streams)
-    with Adapter.load(other.roots, state, name="verify"):
-        saved = _answers(other, streams)
-    live = _answers(base, streams)
+    prompt = " ".join(["a picture", *(["of", *state.tokens] if state.tokens else [])]) + ", to compare"
+    bare = _answers(other, streams, prompt)
+    with Adapter.load(other.roots, state, name="verify", vocabularies=other.vocabularies):
+        saved = _answers(other, streams, prompt)
+    live = _answers(base, streams, prompt)
     if torch.equal(saved, bare):
         raise NoEffect(
             "The saved adapter changes nothing: a fresh base answers bit for bit the same with and without "
@@ -171,12 +178,12 @@ def verify(state: AdapterState, base: BaseModel, fresh: Callable[[], BaseModel],
     return difference
 
 
-def _answers(base: BaseModel, streams: Streams) -> Tensor:
-    """The denoiser's answers at three noise levels to a fixed prompt and fixed latents, (3, C, h, w) fp32 on
-    the CPU."""
+def _answers(base: BaseModel, streams: Streams, prompt: str) -> Tensor:
+    """The denoiser's answers at three noise levels to `prompt` and fixed latents, (3, C, h, w) fp32 on the
+    CPU."""
     side = base.resolution // base.latent_factor
     latents = streams.normal("verify", range(3), (base.latent_channels, side, side)).to(base.device)
     t = base.prediction.from_uniform(torch.tensor([0.2, 0.5, 0.8])).to(base.device)
-    conditioning = base.encode_prompts(["a picture, to compare"] * 3)
+    conditioning = base.encode_prompts([prompt] * 3)
     frame = Frame.plain(3, base.resolution, base.resolution)
     return base.denoise(latents, t, conditioning, frame).float().cpu()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from scumble.models.configs import BaseFacts, Configs
     from scumble.models.prediction import Prediction
+    from scumble.models.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class BaseModel(ABC):
     """What the denoiser predicts, with its noise schedule."""
     roots: Mapping[str, nn.Module]
     """Where adapters may go: {"unet": ..., "text_encoder": ...}. The denoiser comes first."""
+    vocabularies: Mapping[str, Vocabulary]
+    """The words of each text encoder, under its name in `roots`: where learned tokens come in."""
     resolution: int
     """Default side of a picture, in pixels."""
     size_multiple: int

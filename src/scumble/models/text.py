@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from scumble.models.vocabulary import Vocabulary, vocabulary_of
+
 
 @dataclass(frozen=True)
 class Truncation:
@@ -27,20 +29,29 @@ class Truncation:
 class Words:
     """A CLIP tokenizer and its window of (usually) 77 tokens, start and end included.
 
-    A prompt that is longer keeps its first 75 tokens; `truncated` says which prompts those are.
+    A prompt that is longer keeps its first 75 tokens; `truncated` says which prompts those are. Placeholders
+    of several vectors count as that many tokens.
     """
+
+    vocabulary: Vocabulary
+    """Where placeholders come in and leave."""
 
     def __init__(self, tokenizer: Any, window: int) -> None:
         """`window`: positions of the text encoder."""
         self.tokenizer = tokenizer
         # a tokenizer saved without a limit claims 10^30; the text encoder's positions decide then
         self.limit = min(window, int(tokenizer.model_max_length))
+        self.vocabulary = vocabulary_of(tokenizer)
 
     def ids(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(B prompts) -> (token ids (B, limit), attention mask (B, limit)), padded and truncated to the
         window."""
         batch = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.limit, truncation=True, return_tensors="pt"
+            [self.vocabulary.expand(prompt) for prompt in prompts],
+            padding="max_length",
+            max_length=self.limit,
+            truncation=True,
+            return_tensors="pt",
         )
         return batch.input_ids, batch.attention_mask
 
@@ -60,7 +71,8 @@ class Words:
         if not prompts:
             return []
         # verbose=False: transformers would warn of the very thing that is being counted
-        ids: list[list[int]] = self.tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+        said = [self.vocabulary.expand(prompt) for prompt in prompts]
+        ids: list[list[int]] = self.tokenizer(said, truncation=False, verbose=False).input_ids
         return ids
 
 

@@ -62,6 +62,7 @@ class UNetBase(BaseModel):
                     module, self.device, its
                 )  # diffusers' own `to` warns of fp32 modules that are not there
             module.requires_grad_(False).eval()
+        set_attention(self.unet, "auto")
         self.roots = {"unet": self.unet, "text_encoder": self.text_encoder}
         self.prediction = prediction_from(self.scheduler.config)
         self.latents = LatentSpace(self.vae)
@@ -71,6 +72,7 @@ class UNetBase(BaseModel):
         )
         self.resolution, self.size_multiple = sizes(unet_config, vae_config)
         self.words = Words(self.tokenizer, text_config.max_position_embeddings)
+        self.vocabularies = {"text_encoder": self.words.vocabulary}
         self._fingerprint = parts.fingerprint
         known, rows = len(self.tokenizer), text_config.vocab_size
         if known > rows:
@@ -174,8 +176,8 @@ class UNetBase(BaseModel):
                 layer.training = checkpointing
 
     def set_attention(self, kind: str) -> None:
-        """How the UNet computes attention: "sdpa", "plain", or "auto", which chooses the faster (see
-        `attention`).
+        """How the UNet computes attention: "sdpa", "plain", or "auto", which chooses the faster (see `attention`)
+        and is what a base starts with.
 
         Raises:
             UnknownName: no kind is called so.

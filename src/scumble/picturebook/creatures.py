@@ -297,7 +297,18 @@ def draw_creature(
     colours never change. Raises UnknownName for an unknown name and ValueError for other unknown words or a
     negative seed.
     """
-    creature = find_creature(name)
+    return draw_individual(find_creature(name), background, position, size_word, seed, size)
+
+
+def draw_individual(
+    creature: Creature,
+    background: str,
+    position: str = "center",
+    size_word: str = "medium",
+    seed: int = 0,
+    size: int = 64,
+) -> Image.Image:
+    """`draw_creature` of any individual, also one that bears no name here (a shape in other colours)."""
     for kind, value, known in (
         ("background", background, BACKGROUNDS),
         ("position", position, POSITIONS),

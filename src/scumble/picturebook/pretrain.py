@@ -1,6 +1,6 @@
 """The recipe that trained the shipped base: pictures, vocabulary, autoencoder, denoiser, each from nothing.
 
-    scumble picturebook pretrain WORK     # every stage, resumable; about an hour and a half on two free CPU cores
+    scumble picturebook pretrain WORK     # every stage, resumable; about two hours on two free CPU cores
     scumble picturebook pretrain WORK --stage vae
 
 Stages, each reading what the one before it left in WORK:
@@ -75,19 +75,19 @@ class Recipe:
     pictures: int = 24_000
     doodles: int = 4_000
     merges: int = 900
-    vae_steps: int = 4_000
+    vae_steps: int = 15_000
     vae_batch: int = 8
     vae_rate: float = 1e-3
     kl_weight: float = 1e-4
-    unet_steps: int = 5_600
+    unet_steps: int = 8_700
     unet_batch: int = 32
     unet_rate: float = 8e-4
-    unet_decay: float = 0.25
+    unet_decay: float = 0.28
     """Share of the steps over which the rate falls to zero at the end; constant before."""
     caption_dropout: float = 0.1
     snr_gamma: float = 5.0
     ema: float = 0.999
-    decoder_steps: int = 2_500
+    decoder_steps: int = 2_200
     decoder_rate: float = 6e-4
     text_width: int = 160
     text_layers: int = 3
@@ -390,7 +390,7 @@ def _varied(pictures: np.ndarray, doodles: np.ndarray, rng: random.Random) -> np
 
     So it learns to carry any colour and texture, also those of styles that the denoiser never sees.
     """
-    abstract = rng.random() < 0.25
+    abstract = rng.random() < 0.4
     source = doodles if abstract else pictures
     picture = source[rng.randrange(len(source))]
     if rng.random() < 0.5:

@@ -165,10 +165,13 @@ def _measure(pen: ImageDraw.ImageDraw, placed: Placed, work: int) -> None:
 
 _CREAM: RGB = (244, 232, 204)
 _BLACK: RGB = (30, 25, 24)
+#: The tone block behind is printed in a thinner ink, as in chiaroscuro woodcuts: the thing stands out from it.
+_TONE: RGB = mix(_BLACK, _CREAM, 0.4)
+_TONE_LINE: RGB = mix(_BLACK, _CREAM, 0.2)
 
 
 def woodcut(scheme: Plan, size: int) -> Image.Image:
-    """Black lines cut in wood and printed on cream paper; the thing in one spot ink."""
+    """Lines cut in wood on cream paper: brown ones behind, the thing in black with one spot ink."""
     scale = oversampling(size)
     work = size * scale
     tone = np.asarray(paint_backdrop(scheme.backdrop, work).convert("L"), dtype=np.float32) / 255
@@ -176,15 +179,15 @@ def woodcut(scheme: Plan, size: int) -> Image.Image:
     spots = (np.arange(work, dtype=np.float32) + 0.5) / work
     # Lines that waver a little, as a knife in wood does.
     waver = 0.012 * np.sin(spots * 9 + rng.random() * 6) + 0.006 * np.sin(spots * 23 + rng.random() * 6)
-    period = 1 / 15
+    period = 1 / 10
     lines = 1 - np.abs(((spots[:, None] + waver[None, :]) / period) % 1.0 - 0.5) * 2
     crossing = _stripes(work, period, 62)
     # Bright places stay paper, dark ones close up, darkest ones are cross-hatched.
     darkness = np.clip((0.93 - tone) / 0.75, 0, 1) * 0.8
     printed = (lines < darkness) | (crossing < (darkness - 0.42) * 1.1)
     image = Image.new("RGB", (work, work), _CREAM)
-    image.paste(_BLACK, (0, 0), _as_mask(printed.astype(np.float32)))
-    image.paste(_BLACK, (0, 0), _contours(scheme.backdrop, work, 0.015))
+    image.paste(_TONE, (0, 0), _as_mask(printed.astype(np.float32)))
+    image.paste(_TONE_LINE, (0, 0), _contours(scheme.backdrop, work, 0.015))
     pen = ImageDraw.Draw(image)
     for part in scheme.backdrop.parts if scheme.backdrop.dark else ():
         left, _, right, _ = bounds([part])
@@ -222,7 +225,7 @@ def _print_thing(image: Image.Image, pen: ImageDraw.ImageDraw, placed: Placed, w
 # --- mosaic --------------------------------------------------------------------------------------------
 
 _GROUT: RGB = (70, 62, 60)
-_TILES = 13
+_TILES = 10
 
 
 def _tiles(rng: random.Random, work: int, degrees: float, x: float, y: float) -> list[list[float]]:

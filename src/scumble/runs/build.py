@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +13,14 @@ import torch
 from scumble.adapters.targets import resolve
 from scumble.data.check import DataReport, check
 from scumble.data.loader import Loader, no_progress, still_batches
+from scumble.data.problems import raise_all
 from scumble.data.settings import DataSettings
 from scumble.data.sources import open_dataset
 from scumble.data.split import split
-from scumble.errors import ModelError
+from scumble.errors import ConfigError, ModelError
 from scumble.inference.request import Request
-from scumble.methods.method import METHODS, Ingredients
+from scumble.methods.method import METHODS, Checks, Ingredients
+from scumble.methods.text_encoder import TextEncoderSettings
 from scumble.models.configs import BaseFacts
 from scumble.models.family import BaseModel
 from scumble.models.loading import describe_base, load_base, load_tokenizers
@@ -25,7 +28,8 @@ from scumble.models.precision import dtype_named
 from scumble.models.text import Words
 from scumble.rng import Streams
 from scumble.runs.arithmetic import batches_per_epoch, epochs_of, steps_for_epochs
-from scumble.runs.config import RunConfig
+from scumble.runs.config import RunConfig, section
+from scumble.runs.drawn import Announce, Artist
 from scumble.runs.folder import PREVIEWS
 from scumble.training.plan import Plan
 from scumble.training.preview import Previewer
@@ -36,6 +40,9 @@ if TYPE_CHECKING:
     from scumble.data.record import Batch
 
 Progress = Callable[[int, int, str], None]
+
+CACHE = ".cache"
+"""Of a run's folder: what it makes before training. It stays when the run's results are removed."""
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 """Bytes of a number in the final file."""
@@ -67,23 +74,33 @@ def check_data(config: RunConfig, *, progress: Progress = no_progress) -> tuple[
     facts = describe_base(config.base, revision=config.revision, variant=config.variant)
     if facts.problems:
         raise ModelError("\n".join(facts.problems))
-    if config.data is None:
+    method, words = METHODS.get(config.method), _words(config)
+    data = config.pictures
+    own = method.check(config.options, data, words) if isinstance(method, Checks) else ()
+    if data is None:
+        raise_all(own, f"[{section(config.method)}]")
         return facts, None
     report = check(
-        config.data,
+        data,
         resolution=facts.resolution or 512,
         size_multiple=facts.size_multiple or 8,
-        count_tokens=_token_counter(config),
+        count_tokens=_token_counter(words),
         seed=config.train.seed,
         progress=progress,
     )
+    report = dataclasses.replace(report, problems=(*own, *report.problems))
     report.raise_if_errors()
     return facts, report
 
 
-def build(config: RunConfig, *, device: torch.device, processes: int = 1) -> Built:
+def build(
+    config: RunConfig, *, device: torch.device, processes: int = 1, announce: Announce | None = None
+) -> Built:
     """Load the base, open the data, inject the adapter and plan the run. Encodes no picture and trains
     nothing.
+
+    `announce`: entered around what takes long, such as drawing class pictures; None draws none, for a plan that is
+    only looked at.
 
     Raises:
         ModelError, DataError, NoLayerMatches: a part is not there or does not fit.
@@ -115,20 +132,23 @@ def build(config: RunConfig, *, device: torch.device, processes: int = 1) -> Bui
         )
         return loaders[-1]
 
-    if config.data is not None:
-        parts = split(
-            open_dataset(config.data, seed=seed), config.data.held_out, seed, workers=config.data.workers
-        )
+    data, options = config.pictures, config.options
+    if data is not None:
+        parts = split(open_dataset(data, seed=seed), data.held_out, seed, workers=data.workers)
         roots = {path.partition(".")[0] for path in resolve(base.roots, config.adapter.targets).layers}
-        cached = roots <= {next(iter(base.roots))} and not method.trains_text
-        loader = Loader(
-            parts.train, base, config.data, batch_size=train.batch, seed=seed, text_embeddings=cached
-        )
+        also = isinstance(options, TextEncoderSettings) and options.train_text_encoder
+        cached = roots <= {next(iter(base.roots))} and not also and not method.trains_text
+        loader = Loader(parts.train, base, data, batch_size=train.batch, seed=seed, text_embeddings=cached)
         loaders.append(loader)
         notes = tuple(parts.notes)
         if len(parts.held_out):
             held_out = still_batches(
-                parts.held_out, base, config.data, batch_size=train.batch, cache=loader.cache
+                parts.held_out,
+                base,
+                data,
+                batch_size=train.batch,
+                text_embeddings=cached,
+                cache=loader.cache,
             )
     if config.preview.prompts and not train.preview_every:  # pictures at the end are part of every result
         train = train.model_copy(update={"preview_every": train.steps})
@@ -143,14 +163,33 @@ def build(config: RunConfig, *, device: torch.device, processes: int = 1) -> Bui
             streams=streams,
             held_out=held_out,
             settings=config.model_dump_json(),
-            options=config.options,
-            data=config.data,
+            options=options,
+            data=data,
             open_batches=open_batches,
+            draw=None if announce is None else Artist(base, kept_in(config), announce),
         )
     )
+    refuse_dialect(config, plan)
     plan = dataclasses.replace(plan, facts=_facts(config, plan, loaders, processes))
     notes = (*getattr(base, "notes", ()), *notes)
     return Built(base, plan, train, streams, tuple(loaders), _previewer(config, base), notes)
+
+
+def refuse_dialect(config: RunConfig, plan: Plan) -> None:
+    """Find out before training, not after, that the adapter can't be written as it was asked for.
+
+    Raises:
+        ConfigError: `save.dialect` can't hold it; the text names those that can.
+        CannotRepresent: no dialect can.
+    """
+    from scumble.formats import CODECS
+    from scumble.formats.codec import cannot_represent, dialect_for
+
+    state, wanted = plan.export(), config.save.dialect
+    if wanted is None:
+        dialect_for(state)
+    elif CODECS.get(wanted)().obstacle(state) is not None:
+        raise ConfigError(f'save.dialect = "{wanted}": {cannot_represent(CODECS.get(wanted)(), state)}')
 
 
 def _previewer(config: RunConfig, base: BaseModel) -> Previewer | None:
@@ -185,7 +224,7 @@ def _facts(config: RunConfig, plan: Plan, loaders: Sequence[Loader], processes: 
     if isinstance(parameters, int):
         facts["file bytes"] = BYTES[config.save.dtype] * parameters
     facts |= {
-        "trains": ", ".join(trainable.name for phase in plan.phases for trainable in phase.trainables),
+        "trains": ", ".join(dict.fromkeys(each.name for phase in plan.phases for each in phase.trainables)),
         "pictures a step": train.batch * train.accumulate * processes,
         "precision": train.precision,
     }
@@ -198,12 +237,23 @@ def _facts(config: RunConfig, plan: Plan, loaders: Sequence[Loader], processes: 
     return facts
 
 
-def _token_counter(config: RunConfig) -> TokenCounter | None:
-    """Counts tokens by the base's tokenizers; None where it has none of its own (a single file)."""
-    words = [
+def kept_in(config: RunConfig) -> Path:
+    """The folder where a run keeps what it makes before training: the data's cache, or a hidden one of its own."""
+    return (
+        Path(config.data.cache).expanduser() if config.data and config.data.cache else config.output / CACHE
+    )
+
+
+def _words(config: RunConfig) -> list[Words]:
+    """The base's tokenizers; none where it has none of its own (a single file)."""
+    return [
         Words(tokenizer, tokenizer.model_max_length)
         for tokenizer in load_tokenizers(config.base, revision=config.revision)
     ]
+
+
+def _token_counter(words: Sequence[Words]) -> TokenCounter | None:
+    """Counts tokens by the base's tokenizers; None where there are none."""
     if not words:
         return None
 
@@ -220,9 +270,10 @@ def steps_of_epochs(config: RunConfig, epochs: float, processes: int = 1) -> int
     Raises:
         DataError: there is no such dataset.
     """
-    assert config.data is not None, f'method "{config.method}" has no pictures to count epochs by'
-    dataset = open_dataset(config.data, seed=config.train.seed)
+    data = config.pictures
+    assert data is not None, f'method "{config.method}" has no pictures to count epochs by'
+    dataset = open_dataset(data, seed=config.train.seed)
     pictures = sum(record.repeats for record in dataset.records)
-    held_out = config.data.held_out
+    held_out = data.held_out
     pictures -= round(held_out * pictures) if held_out < 1 else int(held_out)
     return steps_for_epochs(epochs, pictures, config.train.batch, config.train.accumulate, processes)

@@ -7,21 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, create_model, field_validator, model_validator
 
-from scumble.adapters.lora import LoraSettings
 from scumble.data.settings import DataSettings
 from scumble.errors import UnknownName
-from scumble.methods.method import METHODS, NoSettings
+from scumble.methods.method import METHODS, NoSettings, ShapesData
+from scumble.runs.adapter import AdapterSettings, default_adapter
 from scumble.runs.hub import HubSettings
 from scumble.settings import Settings
 from scumble.training.settings import TrainSettings
-
-
-class AdapterSettings(LoraSettings):
-    """What is trained: the adapter's family and size, and the layers it changes."""
-
-    targets: str | tuple[str, ...] = "attention"
-    """Layers to adapt: attention, attention+mlp, all-linear, conv, attention+conv, or patterns such as
-    "*.attn2.to_k"."""
 
 
 class PreviewSettings(Settings):
@@ -44,18 +36,19 @@ class PreviewSettings(Settings):
 class SaveSettings(Settings):
     """How the trained adapter is written."""
 
-    dialect: str = "diffusers"
-    """Names of the tensors in the file. `scumble inspect` reads all dialects."""
+    dialect: str | None = None
+    """Names of the tensors in the file. Unset: those of diffusers, or where it has none for the adapter's family,
+    those of kohya's tools. `scumble inspect` reads all dialects."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Numbers in the final file. fp16 and bf16 halve it; checkpoints are always fp32."""
 
     @field_validator("dialect")
     @classmethod
-    def _known(cls, value: str) -> str:
-        from scumble.formats import CODECS
+    def _known(cls, value: str | None) -> str | None:
+        from scumble.formats.codec import written
 
-        if value not in CODECS:
-            raise ValueError(str(UnknownName("dialect", value, CODECS.names())))
+        if value is not None and value not in written():
+            raise ValueError(str(UnknownName("dialect", value, written())))
         return value
 
 
@@ -81,7 +74,7 @@ class _Common(Settings):
     trackers: tuple[str, ...] = ()
     """More places for the log: tensorboard, wandb. The console, events.jsonl and report.html are always
     kept."""
-    adapter: AdapterSettings = AdapterSettings()
+    adapter: AdapterSettings = default_adapter()
     """What is trained: the adapter's family and size, and the layers it changes."""
     data: DataSettings | None = None
     """Which pictures and words are trained on, and how they are shown."""
@@ -121,6 +114,17 @@ class _Common(Settings):
         """The method's own settings."""
         return getattr(self, section(self.method), None) or NoSettings()
 
+    @property
+    def pictures(self) -> DataSettings | None:
+        """`data`, with what the method's own settings say of it.
+
+        Raises:
+            ConfigError: they contradict each other.
+        """
+        if self.data is not None and isinstance(options := self.options, ShapesData):
+            return options.shaped(self.data)
+        return self.data
+
     @model_validator(mode="before")
     @classmethod
     def _own_section_only(cls, given: Any) -> Any:
@@ -145,6 +149,14 @@ class _Common(Settings):
         if not needs and self.data is not None:
             raise ValueError(
                 f'method = "{self.method}" learns without pictures: [data] would have no effect.'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_adapter_where_no_layer_trains(self) -> _Common:
+        if not getattr(METHODS.get(self.method), "trains_layers", True) and self.adapter != default_adapter():
+            raise ValueError(
+                f'method = "{self.method}" trains no layer: [adapter] would have no effect. Remove it.'
             )
         return self
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from scumble.errors import ConfigError, ResumeError
 from scumble.formats.container import WEIGHTS_NAME
+from scumble.formats.embedding import EMBEDDING_NAME
 from scumble.training import state
 from scumble.training.sinks.jsonl import NAME as EVENTS
 from scumble.training.sinks.report import NAME as REPORT
@@ -16,6 +17,12 @@ from scumble.training.sinks.tensorboard import NAME as TENSORBOARD
 SETTINGS = "run.toml"
 CARD = "README.md"
 PREVIEWS = "previews"
+WORDS = "learned_embeds*.safetensors"
+"""Learned words alone, one a file."""
+EVALUATION = "evaluation.json"
+"""What `scumble evaluate` measured, for the card."""
+EVALUATED = "evaluation"
+"""Folder of its page, its pictures and all of its numbers."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class RunFolder:
     events.jsonl  tensorboard/            the log
     checkpoint-000500/                    what a run continues from
     pytorch_lora_weights.safetensors      the adapter; loads with diffusers
+    learned_embeds.safetensors            its new words, where it has some; loads with diffusers
     best/                                 the adapter with the lowest held-out loss
     previews/                             pictures by step
     report.html                           curves, pictures and settings on a page
@@ -50,7 +58,9 @@ class RunFolder:
 
     @property
     def adapter(self) -> Path:
-        return self.path / self.layout.adapter
+        """The finished adapter; of a run that taught words and nothing else, these."""
+        usual, words = self.path / self.layout.adapter, self.path / EMBEDDING_NAME
+        return words if words.exists() and not usual.exists() else usual
 
     @property
     def settings(self) -> Path:
@@ -63,6 +73,10 @@ class RunFolder:
     @property
     def previews(self) -> Path:
         return self.path / PREVIEWS
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / EVALUATION
 
     @property
     def report(self) -> Path:
@@ -81,7 +95,9 @@ class RunFolder:
         """What an upload takes, as patterns: everything but checkpoints and caches."""
         return [
             self.layout.adapter,
-            *(SETTINGS, CARD, EVENTS, REPORT),
+            f"{Path(self.layout.adapter).stem}/**",  # a dialect whose adapters are folders
+            WORDS,
+            *(SETTINGS, CARD, EVENTS, REPORT, EVALUATION),
             *(f"{PREVIEWS}/**", f"{TENSORBOARD}/**"),
             *([f"{self.layout.tensorboard}/**"] if self.layout.tensorboard else []),
         ]
@@ -90,9 +106,19 @@ class RunFolder:
         """What an earlier run left here, and only that."""
         if not self.path.is_dir():
             return []
-        own = [self.adapter, self.events, self.report, self.previews, self.path / self.layout.best]
+        own = [
+            self.adapter,
+            self.adapter.with_suffix(""),
+            self.evaluation,
+            self.path / EVALUATED,
+            self.events,
+            self.report,
+            self.previews,
+            self.path / self.layout.best,
+        ]
         own += [self.path / TENSORBOARD, self.path / "wandb", self.path / "wandb-run-id.txt"]
         own += [self.path / self.layout.tensorboard / TENSORBOARD] if self.layout.tensorboard else []
+        own += self.path.glob(WORDS)
         own += [folder for _, folder in self.layout.checkpoints(self.path)]
         own += state.unfinished(self.path)
         return [path for path in own if path.exists()]

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from scumble.errors import ConfigError, did_you_mean
+from scumble.errors import ConfigError, UnknownName, did_you_mean
 from scumble.settings import Settings
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ def _value(text: str) -> object:
 def _plain(value: object) -> object:
     """Settings objects given from Python, as the mapping of what was set in them."""
     if isinstance(value, Settings):
-        return {name: _plain(getattr(value, name)) for name in value.model_fields_set}
+        return {name: _plain(getattr(value, name)) for name in {*marks(type(value)), *value.model_fields_set}}
     return value
 
 
@@ -268,9 +268,15 @@ def _explain(
         section, name = path[:-1], path[-1] if path else ""
         dotted = ".".join(path)
         if error["type"] == "extra_forbidden":
-            yield prefix + _unknown(kind, section, name)
+            yield prefix + _unknown(kind, section, name, tree)
+        elif error["type"] == "union_tag_invalid":
+            tag, known = error["ctx"]["tag"], error["ctx"]["expected_tags"].replace("'", "").split(", ")
+            mark = (*path, error["ctx"]["discriminator"].strip("'"))
+            where = _nearest(places, mark)
+            prefix = f"{where}: " if where else ""
+            yield f'{prefix}{".".join(mark)} = "{tag}": {UnknownName(mark[-1], tag, known)}'
         elif error["type"] == "missing":
-            doc = _doc(kind, path)
+            doc = _doc(kind, path, tree)
             yield f"{prefix}{dotted} is not set{': ' + doc if doc else '.'}"
         elif error["type"] in ("model_type", "model_attributes_type", "dict_type"):
             shown = _show(error["input"])
@@ -292,15 +298,23 @@ def _real_path(tree: Mapping[str, Any], error: ErrorDetails) -> Route:
                 at = at[part]
             elif index == last and error["type"] == "missing":
                 path.append(str(part))
+            elif index == 0 and error["type"] == "missing":  # a method's section that nobody wrote
+                path.append(str(part))
+                at = {}
         elif isinstance(at, list | tuple) and isinstance(part, int) and part < len(at):
             at = at[part]  # a list is one value to the person who wrote it
     return tuple(path)
 
 
-def _unknown(kind: type[Settings], section: Route, name: str) -> str:
-    inside = _section(kind, section)
+def _unknown(kind: type[Settings], section: Route, name: str, tree: Mapping[str, Any]) -> str:
+    inside, others = _section(kind, section, tree)
     known = tuple(inside.model_fields) if inside else ()
     said = f"[{'.'.join(section)}] has no setting" if section else "there is no setting"
+    if inside and others and name not in inside.model_fields:
+        mine, able = marks(inside), [marks(other) for other in others if name in other.model_fields]
+        if able:
+            words = " or ".join(_as_settings(one) for one in able)
+            return f'{said} "{name}" with {_as_settings(mine)}. It is a setting of {words}.'
     near = did_you_mean(name, known)
     if not near:
         elsewhere = [".".join(path) for path in _all_paths(kind) if path[-1] == name]
@@ -309,7 +323,7 @@ def _unknown(kind: type[Settings], section: Route, name: str) -> str:
             guess = did_you_mean(name, leaves)
             elsewhere = [leaves[leaf] for leaf in leaves if guess and f'"{leaf}"' in guess]
         near = (
-            f" Did you mean {' or '.join(f'{chr(34)}{path}{chr(34)}' for path in elsewhere)}?"
+            f" Did you mean {' or '.join(f'{chr(34)}{path}{chr(34)}' for path in dict.fromkeys(elsewhere))}?"
             if elsewhere
             else ""
         )
@@ -318,37 +332,65 @@ def _unknown(kind: type[Settings], section: Route, name: str) -> str:
     return f'{said} "{name}".{near}'
 
 
-def _section(kind: type[Settings], path: Route) -> type[Settings] | None:
+def _section(
+    kind: type[Settings], path: Route, tree: Mapping[str, Any]
+) -> tuple[type[Settings] | None, tuple[type[Settings], ...]]:
+    """(the section at `path`, the alternatives to it)."""
     at: type[Settings] | None = kind
+    others: tuple[type[Settings], ...] = ()
+    values: Any = tree
     for part in path:
         if at is None or part not in at.model_fields:
-            return None
-        at = section_type(at.model_fields[part].annotation)
-    return at
+            return None, ()
+        annotation = at.model_fields[part].annotation
+        values = values.get(part) if isinstance(values, Mapping) else None
+        at = section_type(annotation, values)
+        others = tuple(option for option in section_types(annotation) if option is not at)
+    return at, others
 
 
-def section_type(annotation: Any) -> type[Settings] | None:
-    """The Settings class in an annotation (`X`, `X | None`, `str | X`), or None."""
+def section_type(annotation: Any, values: Any = None) -> type[Settings] | None:
+    """The Settings class in an annotation (`X`, `X | None`, `str | X`), or None. Of several alternatives the one
+    that `values` name, by a setting that only one word fits (`family = "dora"`); else the first."""
+    options = section_types(annotation)
+    if len(options) > 1 and isinstance(values, Mapping):
+        for option in options:
+            if any(values.get(name) == mark for name, mark in marks(option).items()):
+                return option
+    return options[0] if options else None
+
+
+def section_types(annotation: Any) -> tuple[type[Settings], ...]:
+    """Every Settings class in an annotation."""
     if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return annotation
+        return (annotation,)
     if get_origin(annotation) in (Union, UnionType):
-        for option in get_args(annotation):
-            found = section_type(option)
-            if found:
-                return found
-    return None
+        return tuple(found for option in get_args(annotation) for found in section_types(option))
+    return ()
+
+
+def marks(kind: type[Settings]) -> dict[str, Any]:
+    """The settings that only one value fits, by which alternatives are told apart: `{"family": "dora"}`."""
+    return {
+        name: get_args(field.annotation)[0]
+        for name, field in kind.model_fields.items()
+        if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
+    }
+
+
+def _as_settings(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} = {_show(value)}" for name, value in values.items())
 
 
 def _all_paths(kind: type[Settings], path: Route = ()) -> Iterator[Route]:
     for name, field in kind.model_fields.items():
         yield (*path, name)
-        below = section_type(field.annotation)
-        if below:
+        for below in section_types(field.annotation):
             yield from _all_paths(below, (*path, name))
 
 
-def _doc(kind: type[Settings], path: Route) -> str:
-    inside = _section(kind, path[:-1])
+def _doc(kind: type[Settings], path: Route, tree: Mapping[str, Any]) -> str:
+    inside, _ = _section(kind, path[:-1], tree)
     if inside is None or path[-1] not in inside.model_fields:
         return ""
     return " ".join((inside.model_fields[path[-1]].description or "").split())

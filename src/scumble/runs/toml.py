@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from scumble.runs.load import section_type
+from scumble.runs.load import marks, section_type, section_types
 from scumble.settings import Settings
 
 
@@ -24,13 +24,15 @@ def dump(settings: Settings, *, changed_only: bool = False) -> str:
 
     Law: `load(file with dump(s)) == s`.
     """
-    return "\n".join(_dump(settings, (), changed_only)).strip() + "\n"
+    return "\n".join(_dump(settings, (), changed_only, ())).strip() + "\n"
 
 
 def template(kind: type[Settings], chosen: Mapping[str, Any]) -> str:
     """A TOML text with every setting of `kind`: its docstring as a comment, then its default, commented out.
+    Sections that are absent by default are left out, unless `chosen` has something of theirs.
 
-    `chosen` are dotted names with values; they stand uncommented. A required setting that is not chosen stands
+    `chosen` are dotted names with values; they stand uncommented, and decide between alternatives
+    (`{"adapter.family": "dora"}`). A required setting that is not chosen stands
     uncommented with an empty value, so that the file is refused until it is filled in.
     """
     lines = list(_template(kind, (), chosen))
@@ -76,17 +78,24 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _dump(settings: Settings, path: tuple[str, ...], changed_only: bool) -> Iterator[str]:
+def _dump(
+    settings: Settings, path: tuple[str, ...], changed_only: bool, always: tuple[str, ...]
+) -> Iterator[str]:
     sections: list[tuple[str, Settings]] = []
     for name, field in type(settings).model_fields.items():
         item = getattr(settings, name)
         if isinstance(item, Settings):
             sections.append((name, item))
-        elif item is not None and not (changed_only and item == field.get_default(call_default_factory=True)):
+        elif item is not None and not (
+            changed_only and name not in always and item == field.get_default(call_default_factory=True)
+        ):
             yield f"{key(name)} = {value(item)}"
     for name, section in sections:
         here = (*path, name)
-        lines = list(_dump(section, here, changed_only))
+        usual = type(settings).model_fields[name].get_default(call_default_factory=True)
+        # another alternative than the usual one must say which it is
+        must = () if isinstance(section, type(usual)) else tuple(marks(type(section)))
+        lines = list(_dump(section, here, changed_only, must))
         if lines:
             if not lines[0].startswith(("[", "\n")) and lines[0]:
                 yield ""
@@ -94,15 +103,27 @@ def _dump(settings: Settings, path: tuple[str, ...], changed_only: bool) -> Iter
             yield from lines
 
 
-def _template(kind: type[Settings], path: tuple[str, ...], chosen: Mapping[str, Any]) -> Iterator[str]:
+def _template(
+    kind: type[Settings],
+    path: tuple[str, ...],
+    chosen: Mapping[str, Any],
+    others: tuple[type[Settings], ...] = (),
+) -> Iterator[str]:
+    """`others`: the alternatives to `kind`."""
     sections: list[tuple[str, FieldInfo, type[Settings]]] = []
     for name, field in kind.model_fields.items():
-        below = section_type(field.annotation)
+        start = ".".join((*path, name, ""))
+        values = {full.removeprefix(start): item for full, item in chosen.items() if full.startswith(start)}
+        below = section_type(field.annotation, values)
         if below is not None:
-            sections.append((name, field, below))
+            # one that is absent by default would be there by its header alone
+            if values or field.is_required() or field.get_default(call_default_factory=True) is not None:
+                sections.append((name, field, below))
             continue
         yield from _comment(field.description)
         options = _options(field.annotation)
+        if name in marks(kind):
+            options += [value(marks(other)[name]) for other in others if name in marks(other)]
         if options:
             yield from _comment("One of: " + ", ".join(options) + ".")
         dotted = ".".join((*path, name))
@@ -119,7 +140,8 @@ def _template(kind: type[Settings], path: tuple[str, ...], chosen: Mapping[str, 
         here = (*path, name)
         yield from _comment(field.description)
         yield f"[{'.'.join(here)}]"
-        yield from _template(below, here, chosen)
+        rest = tuple(option for option in section_types(field.annotation) if option is not below)
+        yield from _template(below, here, chosen, rest)
 
 
 def _comment(text: str | None) -> Iterator[str]:

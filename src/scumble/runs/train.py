@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scumble.errors import HubError
+from scumble.errors import ConfigError, HubError, TrainingError
 from scumble.runs import hub
 from scumble.runs.card import CardFacts, write_card
 from scumble.runs.config import RunConfig
-from scumble.runs.folder import Layout, RunFolder
+from scumble.runs.folder import WORDS, Layout, RunFolder
 from scumble.runs.load import load
 from scumble.runs.toml import dump
 from scumble.training.events import HeldOut, Panel
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
+    from scumble.adapters.state import AdapterState
     from scumble.data.check import DataReport
     from scumble.training.events import Sink
 
@@ -93,7 +98,7 @@ def train(
 
     accelerator = make_accelerator(config.train.precision, find_device(config.device))
     main = accelerator.is_main_process
-    folder = RunFolder(config.output, layout or Layout())
+    folder = RunFolder(config.output, layout or Layout(adapter=result_name(config)))
     checkpoint, notes = folder.claim(resume=resume, overwrite=overwrite)
     say = _speaker(quiet or not main)
     repo = ""
@@ -156,7 +161,14 @@ def _run(
     from scumble.training.sinks import SINKS
 
     main = accelerator.is_main_process
-    built = build(config, device=accelerator.device, processes=accelerator.num_processes)
+
+    @contextlib.contextmanager
+    def announce(what: str) -> Iterator[Callable[[int, int, str], None]]:
+        """The main process works, with a bar; the others find what it made."""
+        with accelerator.main_process_first(), progress(what, quiet or not main) as told:
+            yield told
+
+    built = build(config, device=accelerator.device, processes=accelerator.num_processes, announce=announce)
     for note in built.notes:
         say(f"note: {note}")
     first = 0 if checkpoint is None else _step_of(checkpoint)
@@ -187,17 +199,28 @@ def _run(
         layout=folder.layout,
     )
     url = push_error = None
-    if main and result.reason == "complete" and result.adapter is not None:
-        save_as(result.adapter, config)
-        facts = card_facts(config, folder, repo or folder.path.resolve().name, facts=built.plan.facts)
+    adapter, complete = result.adapter, result.reason == "complete"
+    if main and adapter is not None:
+        if complete:
+            adapter = save_as(adapter, config)
+            for file in export_words(adapter):
+                say(f"The new word alone, for pipe.load_textual_inversion of diffusers: {file}")
+        facts = card_facts(
+            config, folder, repo or folder.path.resolve().name, facts=built.plan.facts, adapter=adapter
+        )
         folder.card.write_text(write_card(facts), encoding="utf-8")
         for note in built.previewer.notes if built.previewer else ():
             say(f"preview: {note}")
         say(f"Model card: {folder.card}. Report: {folder.report}")
-        if repo:
+        if repo and complete:
             try:
                 url = hub.push(
-                    folder.path, repo, private=config.hub.private, token=hub_token, files=folder.published()
+                    folder.path,
+                    repo,
+                    private=config.hub.private,
+                    token=hub_token,
+                    files=folder.published(),
+                    say=say,
                 )
                 say(f"Uploaded: {url}")
             except HubError as error:  # the training itself went well, and is kept
@@ -206,7 +229,7 @@ def _run(
     accelerator.wait_for_everyone()
     return RunResult(
         folder=folder.path,
-        adapter=result.adapter,
+        adapter=adapter,
         step=result.step,
         reason=result.reason,
         seconds=result.seconds,
@@ -233,40 +256,129 @@ def open_trackers(config: RunConfig, folder: RunFolder) -> list[Sink]:
     return [SINKS.get(name)(places.get(name, folder.path)) for name in wanted]
 
 
-def save_as(adapter: Path, config: RunConfig) -> None:
-    """Write the finished file again in the dialect and numbers that were asked for; fp32 in diffusers' is
-    there already.
+def save_as(adapter: Path, config: RunConfig) -> Path:
+    """Write the finished file again in the dialect and numbers that were asked for; fp32 in the first dialect
+    that holds the adapter is there already. Returns the path of the adapter.
+
+    The new file is read back and compared with the old one, which was proven against the live model; only then
+    does it take the old one's place.
 
     Raises:
         CannotRepresent: the dialect can't hold this adapter; the file stays as it was.
+        NotFinite: a number is too large for the dtype; the file stays as it was.
+        TrainingError: the file that was written does not hold the adapter; the file stays as it was.
     """
-    if config.save.dialect == "diffusers" and config.save.dtype == "fp32":
-        return
+    if config.save.dialect is None and config.save.dtype == "fp32":
+        return adapter
     import torch
 
     from scumble.formats import read, write
 
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    write(read(adapter).state, adapter, dialect=config.save.dialect, dtype=dtypes[config.save.dtype])
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.save.dtype]
+    found = read(adapter)
+    draft = adapter.parent / f".{adapter.stem}.draft"
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        written = write(
+            found.state, draft / adapter.name, dialect=config.save.dialect or found.dialect, dtype=dtype
+        )
+        problem = first_difference(found.state, read(written, list(found.state.layers)).state, dtype)
+        if problem:
+            raise TrainingError(
+                f"{adapter.name} written as {config.save.dialect or found.dialect} in {config.save.dtype} and read "
+                f"back is not the adapter that was trained: {problem}. {adapter} stays as it was, in fp32; please "
+                "report this with that file."
+            )
+        if written == draft / adapter.name:
+            os.replace(written, adapter)
+            return adapter
+        for path in draft.iterdir():  # a dialect whose adapters are folders
+            shutil.rmtree(adapter.parent / path.name, ignore_errors=True)
+            os.replace(path, adapter.parent / path.name)
+        adapter.unlink()
+        return adapter.parent / written.relative_to(draft)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def result_name(config: RunConfig) -> str:
+    """What the trained adapter is called in the run's folder: as its readers expect."""
+    from scumble.formats.container import WEIGHTS_NAME
+    from scumble.methods.method import METHODS
+
+    return str(getattr(METHODS.get(config.method), "file_name", WEIGHTS_NAME))
+
+
+def export_words(adapter: Path) -> list[Path]:
+    """The learned words of the file, each in a file of its own beside it, as diffusers reads them.
+
+    Together with the file itself, whose words diffusers passes over, that is the adapter in two files:
+    `pipe.load_lora_weights` and `pipe.load_textual_inversion`. An embedding that is one already is left as it is.
+    """
+    from dataclasses import replace
+
+    from scumble.formats import read, write
+    from scumble.formats.embedding import one_by_one
+
+    state = read(adapter).state
+    if not state.tokens or (not state.layers and len(state.tokens) == 1):
+        return []
+    return [
+        write(replace(alone, metadata=state.metadata), adapter.with_name(name), dialect="embedding")
+        for name, alone in one_by_one(state.tokens).items()
+    ]
+
+
+def first_difference(trained: AdapterState, again: AdapterState, dtype: torch.dtype) -> str | None:
+    """Where `again` is not `trained` rounded to `dtype`, in words; None where it is."""
+    import torch
+
+    def same(mine: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> bool:
+        return mine.keys() == theirs.keys() and all(
+            torch.equal(tensor.to(dtype).double(), theirs[name].double()) for name, tensor in mine.items()
+        )
+
+    if trained.layers.keys() != again.layers.keys() or trained.tokens.keys() != again.tokens.keys():
+        return f"{len(trained.layers)} layers were written, {len(again.layers)} came back"
+    for path, mine in trained.layers.items():
+        theirs = again.layers[path]
+        if mine.family != theirs.family or not math.isclose(mine.scale, theirs.scale, rel_tol=1e-6):
+            return f"{path} was {mine.family} at scale {mine.scale:g}, came back {theirs.family} at {theirs.scale:g}"
+        if not same(mine.tensors, theirs.tensors):
+            return f"the numbers of {path} differ by more than their rounding"
+    for name, token in trained.tokens.items():
+        if not same(token.vectors, again.tokens[name].vectors):
+            return f"the vectors of {name} differ by more than their rounding"
+    return None
 
 
 def card_facts(
-    config: RunConfig, folder: RunFolder, name: str, facts: Mapping[str, object] | None = None
+    config: RunConfig,
+    folder: RunFolder,
+    name: str,
+    facts: Mapping[str, object] | None = None,
+    adapter: Path | None = None,
 ) -> CardFacts:
-    """What the model card says: before a run what is configured, after it also what its report holds."""
+    """What the model card says: before a run what is configured, after it also what its report holds, and what
+    `scumble evaluate` left. `adapter`: the file that the card is about; unset, the finished one."""
     from scumble.training.sinks.report import read_record
 
     facts = dict(facts or {})
+    file = adapter or folder.adapter
     pictures = facts.pop("pictures", None)
     common = {
         "name": name,
         "base": config.base,
         "dataset": config.data.images if config.data else "",
-        "prompt": (config.data.caption or "") if config.data else "",
+        "prompt": (data.caption or "") if (data := config.pictures) else "",
         "method": config.method,
         "settings": dump(config, changed_only=True),
-        "file": folder.layout.adapter,
+        "file": file.name,
+        "subfolder": _inside(file.parent, folder.path),
         "folder": folder.path,
+        "license": config.hub.license or "",
+        "word_files": tuple(path.name for path in sorted(folder.path.glob(WORDS)) if path != file),
+        **said_by(file),
         "pictures": pictures if isinstance(pictures, int) else None,
         "facts": {
             key: facts[key] for key in ("layers", "parameters", "epochs", "pictures a step") if key in facts
@@ -275,8 +387,14 @@ def card_facts(
     if not folder.report.exists() or not facts:
         return CardFacts(**common)  # type: ignore[arg-type]
     record = read_record(folder.report)
+
+    def here(picture: str) -> Path:
+        """Where a preview is now, also if the folder was moved or copied."""
+        own = folder.previews / Path(picture).name
+        return own if own.exists() else Path(picture)
+
     panels = [
-        Panel(**{**panel, "base": Path(panel["base"]), "adapter": Path(panel["adapter"])})
+        Panel(**{**panel, "base": here(panel["base"]), "adapter": here(panel["adapter"])})
         for panel in (record.previews[-1]["panels"] if record.previews else ())
     ]
     measured = [HeldOut(**row) for row in record.held_out]
@@ -286,9 +404,51 @@ def card_facts(
         panels=panels,
         held_out=measured[-1] if measured else None,
         steps=record.steps[-1] if record.steps else None,
+        planned=record.total_steps if record.steps and record.steps[-1] < record.total_steps else None,
+        evaluation=_evaluation(folder),
         seconds=sum(record.seconds),
         loss=sum(tail) / len(tail) if tail else None,
     )
+
+
+def said_by(file: Path) -> dict[str, Any]:
+    """What a card must know of the adapter's file to say how it is used; nothing before there is one."""
+    from scumble.formats import CODECS, read
+
+    if not file.exists():
+        return {}
+    found = read(file)
+    scales = {layer.scale for layer in found.state.layers.values()}
+    in_tensors = any(name.endswith(".alpha") for name in found.used)
+    return {
+        "scale": scales.pop() if len(scales) == 1 and not in_tensors else 1.0,
+        "words": tuple(found.state.tokens),
+        "changes_layers": bool(found.state.layers),
+        "diffusers_reads": getattr(CODECS.get(found.dialect), "diffusers_reads", True),
+    }
+
+
+def _inside(path: Path, folder: Path) -> str:
+    """`path` as seen from `folder`; empty for the folder itself and for what lies elsewhere."""
+    path, folder = path.resolve(), folder.resolve()
+    return path.relative_to(folder).as_posix() if path != folder and path.is_relative_to(folder) else ""
+
+
+def _evaluation(folder: RunFolder) -> dict[str, Any]:
+    """What `scumble evaluate` left in the folder.
+
+    Raises:
+        ConfigError: it is not JSON.
+    """
+    if not folder.evaluation.is_file():
+        return {}
+    try:
+        found = json.loads(folder.evaluation.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{folder.evaluation} is not JSON ({error}). Remove it, or evaluate the run again."
+        ) from error
+    return found if isinstance(found, dict) else {}
 
 
 def say_data(report: DataReport, say: Callable[[str], None]) -> None:

@@ -71,6 +71,8 @@ class Keeper:
         self.total = sum(phase.steps for phase in plan.phases)
         self.parameters = named_parameters(plan)
         self.names = {parameter: name for name, parameter in self.parameters.items()}
+        self.moving = self.parameters
+        """What trains in the phase that runs."""
         self.initial = digests(self.parameters)
         self.ema = EMA(self.parameters, settings.ema) if settings.ema is not None else None
         self.identity = self._identity()
@@ -81,6 +83,8 @@ class Keeper:
         self.last_saved: Path | None = None
         self.last_step_saved = 0
         self._resumed: TrainState | None = None
+        self._carried: tuple[str, Mapping[str, Tensor], Mapping[str, Any]] | None = None
+        """(phase, tensors, values) of an optimizer whose phase ended, for one that goes on with it."""
         self._fresh_groups: list[dict[str, Any]] = []
         self._notes: list[str] = []
 
@@ -113,23 +117,52 @@ class Keeper:
 
     def restore_optimizer(self, optimizer: Optimizer, phase: Phase) -> None:
         """Bring the optimizer (and fp16's loss scale) to where the checkpoint left them, if it was in this
-        phase."""
+        phase, or to where the phase that this one goes on from left it."""
         self._fresh_groups = group_values(optimizer)
         saved, self._resumed = self._resumed, None
-        if saved is None or saved.phase != phase.name:
+        carried, self._carried = self._carried, None
+        before = self._before(phase)
+        if before is not None:
+            if saved is not None and saved.phase == before.name:  # saved after that phase's very last step
+                carried = (saved.phase, saved.optimizer, saved.optimizer_values)
+            if carried is not None and carried[0] == before.name:
+                _, tensors, values = carried
+                place = {trainable.name: index for index, trainable in enumerate(before.trainables)}
+                groups = [values["groups"][place[trainable.name]] for trainable in phase.trainables]
+                restore_optimizer(optimizer, self.names, tensors, {**values, "groups": groups})
+        if saved is None or saved.phase not in (phase.name, before and before.name):
             return
-        before = saved.identity["phases"][phase.name]["optimizer"]["name"]
-        if before != phase.optimizer.name:
+        if saved.scaler is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(dict(saved.scaler))
+        if saved.phase != phase.name:
+            return
+        earlier = saved.identity["phases"][phase.name]["optimizer"]["name"]
+        if earlier != phase.optimizer.name:
             self.tell(
                 Noted(
                     self.step,
-                    f"The optimizer starts anew: {before} kept other facts than {phase.optimizer.name} does.",
+                    f"The optimizer starts anew: {earlier} kept other facts than {phase.optimizer.name} does.",
                 )
             )
             return
         restore_optimizer(optimizer, self.names, saved.optimizer, saved.optimizer_values)
-        if saved.scaler is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(dict(saved.scaler))
+
+    def wake(self, phase: Phase | None) -> None:
+        """Only what `phase` trains takes gradients: no work is done for the rest. None: everything again."""
+        trains = None if phase is None else {id(p) for t in phase.trainables for p in t.parameters.values()}
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(trains is None or id(parameter) in trains)
+        self.moving = {name: p for name, p in self.parameters.items() if trains is None or id(p) in trains}
+
+    def leave(self, phase: Phase, optimizer: Optimizer) -> None:
+        """Keep the optimizer's memory at the end of `phase` where the next one goes on with it."""
+        if any(self._before(later) is phase for later in self.plan.phases):
+            self._carried = (phase.name, *optimizer_data(optimizer, self.names, self._fresh_groups))
+
+    def _before(self, phase: Phase) -> Phase | None:
+        """The phase whose course `phase` goes on with."""
+        index = next(number for number, each in enumerate(self.plan.phases) if each is phase)
+        return self.plan.phases[index - 1] if phase.stretch is not None and phase.stretch.first else None
 
     def _find(self, source: Path | str | None) -> tuple[Path | None, list[str]]:
         if source is None:
@@ -216,6 +249,7 @@ class Keeper:
                     * self.accelerator.num_processes,
                     "optimizer": phase.optimizer.model_dump(mode="json"),
                     "schedule": phase.schedule.model_dump(mode="json"),
+                    **({"stretch": [phase.stretch.first, phase.stretch.course]} if phase.stretch else {}),
                     "trainables": {
                         trainable.name: {
                             "learning rate": trainable.learning_rate,
@@ -276,7 +310,7 @@ class Keeper:
         )
         folder = self.layout.checkpoint_folder(self.run, self.step)
         checkpoints.save(state, self.export(), folder, self.settings.checkpoint_limit, self.layout)
-        check_dtypes(self.parameters, f"after saving {folder.name}")
+        check_dtypes(self.moving, f"after saving {folder.name}")
         self.last_saved, self.last_step_saved = folder, self.step
         self.tell(Saved(self.step, folder, final=False))
         return folder
@@ -339,7 +373,7 @@ class Keeper:
         finally:
             if own:
                 shutil.rmtree(folder, ignore_errors=True)
-        check_dtypes(self.parameters, f"after the preview at step {self.step}")
+        check_dtypes(self.moving, f"after the preview at step {self.step}")
         changed = [name for name, value in digests(self.parameters).items() if before[name] != value]
         if changed:
             raise TrainingError(

@@ -22,7 +22,7 @@ from scumble.training.keeper import Keeper, Previewer
 from scumble.training.meter import Measured, Meter
 from scumble.training.numerics import arithmetic, make_accelerator
 from scumble.training.optimizers import build_optimizer, skipping, skips_on_device
-from scumble.training.plan import Phase, Plan, nothing
+from scumble.training.plan import Phase, Plan, Stretch, nothing
 from scumble.training.proofs import GradientWatch, check_processes_agree, check_reaches
 from scumble.training.schedules import factor
 from scumble.training.settings import TrainSettings
@@ -138,11 +138,13 @@ def _train_phase(phase: Phase, start: int, keeper: Keeper, wish: Interrupt) -> b
     groups = [
         {"params": list(t.parameters.values()), "lr": peaks[t.name], "name": t.name} for t in phase.trainables
     ]
+    keeper.wake(phase)
     objective, stepper = accelerator.prepare(phase.objective, build_optimizer(phase.optimizer, groups))
     keeper.restore_optimizer(stepper.optimizer, phase)
     watch = GradientWatch({keeper.names[parameter]: parameter for parameter in parameters})
     meter = Meter(accelerator, keeper.tell, settings.nonfinite_limit, keeper.last_good)
     meter.in_a_row, opening = keeper.in_a_row, keeper.step
+    course = phase.stretch or Stretch(0, phase.steps)
     always = settings.log_every == 1 or phase.after_step is not nothing
     stream = phase.batches.start((opening - start) * settings.accumulate, process=rank, processes=share)
     objective.train()
@@ -150,7 +152,8 @@ def _train_phase(phase: Phase, start: int, keeper: Keeper, wish: Interrupt) -> b
         while keeper.step < start + phase.steps:
             done = keeper.step - start
             rates = {
-                name: peak * factor(phase.schedule, done, phase.steps, peak) for name, peak in peaks.items()
+                name: peak * factor(phase.schedule, course.first + done, course.course, peak)
+                for name, peak in peaks.items()
             }
             for group in stepper.optimizer.param_groups:
                 group["lr"] = rates[group["name"]]
@@ -193,10 +196,12 @@ def _train_phase(phase: Phase, start: int, keeper: Keeper, wish: Interrupt) -> b
                 keeper.between(due, phase, stepper.optimizer)
             if _anyone(accelerator, wish) and keeper.step < keeper.total:
                 return _stop(phase, keeper, meter, stepper)
+        keeper.leave(phase, stepper.optimizer)
         return True
     finally:
         accelerator.unwrap_model(objective, keep_fp32_wrapper=False).eval()
         stepper.zero_grad()
+        keeper.wake(None)
         accelerator.free_memory()
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,21 +24,34 @@ def make_accelerator(precision: str, device: torch.device) -> Accelerator:
         PrecisionError: the device can't compute in that precision; names one that it can.
     """
     check_precision(dtype_named(precision), device)
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         # Accelerate holds the precision once for the whole process; a second run may want another.
         # This forgets the precision only: the process group stays.
         AcceleratorState._reset_state()
-    # Frozen buffers need no broadcast before each forward.
-    options = DistributedDataParallelKwargs(broadcast_buffers=False)
     return Accelerator(
         mixed_precision=precision,
         cpu=device.type == "cpu",
-        kwargs_handlers=[options],
+        kwargs_handlers=[_frozen_buffers()],
         step_scheduler_with_optimizer=False,
     )
+
+
+def _frozen_buffers() -> Any:
+    """Options of DistributedDataParallel: frozen buffers need no broadcast before each forward."""
+    from accelerate import DistributedDataParallelKwargs
+    from torch.nn.parallel import DistributedDataParallel
+
+    name = "forward_sync_buffers"
+    if name not in inspect.signature(DistributedDataParallel).parameters:  # torch before 2.13
+        return DistributedDataParallelKwargs(broadcast_buffers=False)
+
+    options = DistributedDataParallelKwargs()
+    # Accelerate hands on only what it knows, and takes no subclass; the old name of the option warns
+    options.to_kwargs = lambda: {name: False}
+    return options
 
 
 @contextmanager

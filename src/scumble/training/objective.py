@@ -7,6 +7,7 @@ combine freely.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -54,7 +55,15 @@ class DenoisingObjective(nn.Module):
     submodules, so that data parallelism sees their parameters.
     """
 
-    def __init__(self, base: BaseModel, streams: Streams, settings: ObjectiveSettings | None = None) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        streams: Streams,
+        settings: ObjectiveSettings | None = None,
+        *,
+        among: Collection[str] | None = None,
+    ) -> None:
+        """`among`: the names of the roots that may train here; None is all. Another phase trains the rest."""
         super().__init__()
         self.base = base
         self.streams = streams
@@ -63,7 +72,8 @@ class DenoisingObjective(nn.Module):
             {
                 name: root
                 for name, root in base.roots.items()
-                if any(parameter.requires_grad for parameter in root.parameters())
+                if (among is None or name in among)
+                and any(parameter.requires_grad for parameter in root.parameters())
             }
         )
 
@@ -110,9 +120,22 @@ def denoising_loss(
         conditioning.to(noise.device, base.dtype),
         batch.frame,
     )
-    error = _error(answer.float(), base.prediction.target(x0, noise, t).float(), settings)
-    losses = _mean(error, batch.mask) * snr_weight(base.prediction, t, settings.snr_gamma)
+    losses = compared(answer, base.prediction.target(x0, noise, t), batch.mask, base.prediction, t, settings)
     return losses * batch.weight.to(losses.device, losses.dtype, non_blocking=True)
+
+
+def compared(
+    answer: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    prediction: Prediction,
+    t: Tensor,
+    settings: ObjectiveSettings,
+) -> Tensor:
+    """(B,) fp32 losses between what was answered and what should be, each (B, C, h, w), where the mask (B, 1, h, w)
+    counts."""
+    error = _error(answer.float(), target.float(), settings)
+    return _mean(error, mask) * snr_weight(prediction, t, settings.snr_gamma)
 
 
 def snr_weight(prediction: Prediction, t: Tensor, gamma: float | None) -> Tensor | float:

@@ -36,6 +36,21 @@ class Trainable:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """A phase's place in a longer course: the schedule and the optimizer go through the whole course as if it were
+    one phase.
+
+    Law: a phase cut into stretches that all train the same gives, without dropout, what the whole phase gives.
+    """
+
+    first: int
+    """Steps of the course before this phase. Above 0, the optimizer's memory of the phase before is taken over, whose
+    trainables must include this phase's."""
+    course: int
+    """Steps of the whole course."""
+
+
+@dataclass(frozen=True)
 class Phase:
     """One stretch of training: an objective, what it moves, and how long.
 
@@ -53,6 +68,8 @@ class Phase:
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     after_step: Callable[[], None] = nothing
     """Called after each optimizer step: textual inversion keeps its rows at the table's norm."""
+    stretch: Stretch | None = None
+    """None: the phase is a course of its own."""
 
 
 @dataclass(frozen=True)

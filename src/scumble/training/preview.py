@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from scumble.adapters import Adapted
+from scumble.adapters.tokens import resting_tokens
 from scumble.errors import NoEffect
 from scumble.inference.drawing import Drawing
 from scumble.inference.request import AdapterUse, Request
@@ -94,8 +95,8 @@ def difference(first: Image.Image, second: Image.Image) -> float:
 
 @contextmanager
 def resting(roots: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Every adapter that is in the model now acts no more, for the length of a `with` block: strength 0,
-    bit-identical.
+    """Every adapter that is in the model now acts no more, for the length of a `with` block: strength 0, learned
+    tokens taken out, bit-identical.
 
     Adapters that come in meanwhile are not touched.
     """
@@ -108,7 +109,8 @@ def resting(roots: Mapping[str, nn.Module]) -> Iterator[None]:
     for module, strengths in kept:
         module.strengths.update(dict.fromkeys(strengths, 0.0))
     try:
-        yield
+        with resting_tokens(roots):
+            yield
     finally:
         for module, strengths in kept:
             module.strengths.update(strengths)

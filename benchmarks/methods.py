@@ -1,0 +1,225 @@
+"""Which method teaches a subject best? Subjects x methods x seeds at equal optimizer steps, measured by `evaluate`.
+
+    python benchmarks/methods.py                                         # one small row of each method
+    python benchmarks/methods.py --subjects 5 --seeds 3 --steps 400      # the whole table; hours on a CPU
+
+Every subject is taught from its five pictures on the embedded base. All methods are told the same: the pictures, and
+captions that say what each shows and call the subject "zorbik creature"; where a word is learned, it is "zorbik". Each
+row is written to `benchmarks/results/methods.json` as soon as it is measured, and a row that is there is not done
+again; the table goes to `benchmarks/results/methods.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from machine import machine
+
+from scumble import train
+from scumble.evaluation.bootstrap import estimate
+from scumble.evaluation.evaluate import EvaluationSettings, evaluate
+from scumble.picturebook.creatures import CREATURES
+from scumble.picturebook.dataset import write_dataset
+
+HERE = Path(__file__).parent
+SUBJECTS = ("zorbik", "plimmo", "vumbra", "tobbun", "kettrix")
+METHODS = (
+    "textual-inversion",
+    "dreambooth, unet",
+    "dreambooth, + text encoder",
+    "dreambooth, + prior images",
+    "dreambooth, + prior prediction",
+    "pivotal",
+    "pivotal, joint",
+)
+COLUMNS = {
+    "learned": "learned",
+    "obeys": "obeys",
+    "kept": "kept",
+    "overall": "overall",
+    "drift": "drift (levels)",
+    "copies": "copies",
+    "seconds": "seconds",
+    "kilobytes": "file (kB)",
+}
+
+
+def settings_of(method: str, subject: str, steps: int) -> dict[str, Any]:
+    """The run's settings beside data, output and seed."""
+    noun = CREATURES[subject].noun
+    word = {"placeholders": subject, "initial": "cat", "vectors": 4, "learns": "captions"}
+    own: dict[str, dict[str, Any]] = {
+        "textual-inversion": {
+            "method": "textual-inversion",
+            "textual_inversion": word,
+            "train": {"optimizer": {"learning_rate": 2e-2, "weight_decay": 0.0}},
+        },
+        "dreambooth, unet": {"method": "dreambooth"},
+        "dreambooth, + text encoder": {
+            "method": "dreambooth",
+            "dreambooth": {"train_text_encoder": True, "text_encoder_learning_rate": 2e-4},
+        },
+        "dreambooth, + prior images": {
+            "method": "dreambooth",
+            "dreambooth": {"prior": "images", "class_prompt": f"a {noun}", "class_count": 24},
+        },
+        "dreambooth, + prior prediction": {
+            "method": "dreambooth",
+            "dreambooth": {"prior": "prediction", "class_prompt": f"a {noun}"},
+        },
+        "pivotal": {
+            "method": "pivotal",
+            "pivotal": {
+                **word,
+                "inversion_steps": steps * 2 // 5,
+                "inversion_optimizer": {"learning_rate": 2e-2, "weight_decay": 0.0},
+            },
+        },
+        "pivotal, joint": {
+            "method": "pivotal",
+            "pivotal": {
+                **word,
+                "inversion_steps": steps // 5,
+                "joint": True,
+                "inversion_optimizer": {"learning_rate": 2e-2, "weight_decay": 0.0},
+            },
+        },
+    }
+    chosen = own[method]
+    common = {
+        "steps": steps,
+        "batch": 4,
+        "checkpoint_every": 0,
+        "optimizer": {"learning_rate": 1e-3},
+        "schedule": {"name": "cosine", "warmup_steps": min(20, steps // 10)},
+    }
+    found = {"base": "picturebook", **chosen, "train": common | chosen.get("train", {})}
+    if chosen["method"] != "textual-inversion":
+        found["adapter"] = {"rank": 8, "targets": "attention+mlp"}
+    return found
+
+
+def row_of(method: str, subject: str, seed: int, arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """Teach, evaluate, and give the numbers."""
+    folder = out / f"{subject}-{method.replace(', ', '-').replace('+ ', '').replace(' ', '-')}-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    write_dataset(subject, folder / "pictures")
+    settings = settings_of(method, subject, arguments.steps)
+    begun = time.perf_counter()
+    result = train(
+        **settings,
+        data={"images": str(folder / "pictures")},
+        output=folder / "run",
+        train__seed=seed,
+        quiet=True,
+    )
+    seconds = time.perf_counter() - begun
+    assert result.adapter is not None
+    found = evaluate(
+        folder / "run",
+        settings=EvaluationSettings(
+            pictures=arguments.pictures, unrelated=arguments.unrelated, steps=arguments.denoising_steps
+        ),
+        subject=f"{subject} {CREATURES[subject].noun}",
+    )
+    scores = found.judged[-1].scores
+    named = {measured.name: measured for measured in scores.measures}
+    return {
+        "subject": subject,
+        "method": method,
+        "seed": seed,
+        "learned": scores.learned,
+        "obeys": scores.obeys,
+        "kept": scores.kept,
+        "overall": scores.overall,
+        "drift": named["drift"].adapter.value,
+        "copies": named["copies"].adapter.value,
+        "seconds": seconds,
+        "kilobytes": result.adapter.stat().st_size / 1000,
+        "measures": {
+            f"{measured.section}: {measured.name}": measured.adapter.as_json() for measured in scores.measures
+        },
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line a method: means over subjects and seeds, with 95 % intervals over both where there are several."""
+    lines = [
+        "| method | rows | " + " | ".join(COLUMNS.values()) + " |",
+        "|---|---|" + "---|" * len(COLUMNS),
+    ]
+    for method in METHODS:
+        mine = [row for row in rows if row["method"] == method]
+        if mine:
+            lines.append(
+                f"| {method} | {len(mine)} | " + " | ".join(_cell(mine, key) for key in COLUMNS) + " |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _cell(rows: list[Mapping[str, Any]], key: str) -> str:
+    subjects = sorted({row["subject"] for row in rows})
+    seeds = sorted({row["seed"] for row in rows})
+    values = {(row["subject"], row["seed"]): row[key] for row in rows}
+    shown = (
+        (lambda x: f"{x:.2f}")
+        if key in ("learned", "obeys", "kept", "overall", "copies")
+        else (lambda x: f"{x:.0f}")
+    )
+    if len(values) < len(subjects) * len(seeds) or len(values) == 1:
+        return shown(float(np.mean(list(values.values()))))
+    found = estimate(np.array([[values[subject, seed] for seed in seeds] for subject in subjects]))
+    return f"{shown(found.value)} ({shown(found.low)} to {shown(found.high)})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--subjects", type=int, default=1, choices=range(1, len(SUBJECTS) + 1))
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of every method")
+    parser.add_argument("--pictures", type=int, default=12, help="pictures of the subject that are judged")
+    parser.add_argument(
+        "--unrelated", type=int, default=12, help="unrelated prompts; the product's own is 50"
+    )
+    parser.add_argument("--denoising-steps", type=int, default=25)
+    parser.add_argument("--out", type=Path, default=None, help="keep runs and pages here")
+    parser.add_argument("--json", type=Path, default=HERE / "results" / "methods.json")
+    arguments = parser.parse_args()
+    out = arguments.out or Path(tempfile.mkdtemp(prefix="scumble-methods-"))
+    asked = {name: getattr(arguments, name) for name in ("steps", "pictures", "unrelated", "denoising_steps")}
+    report: dict[str, Any] = {"asked": asked, "machine": machine(), "rows": []}
+    if arguments.json.exists():
+        before = json.loads(arguments.json.read_text())
+        if before["asked"] == asked:
+            report["rows"] = before["rows"]
+        else:
+            print(f"{arguments.json} was made with {before['asked']}; it is begun anew.", flush=True)
+    done = {(row["subject"], row["method"], row["seed"]) for row in report["rows"]}
+    for seed in range(arguments.seeds):
+        for subject in SUBJECTS[: arguments.subjects]:
+            for method in arguments.methods:
+                if (subject, method, seed) in done:
+                    continue
+                row = row_of(method, subject, seed, arguments, out)
+                report["rows"].append(row)
+                arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+                arguments.json.with_suffix(".md").write_text(table(report["rows"]))
+                said = ", ".join(f"{key} {row[key]:.2f}" for key in COLUMNS if row[key] is not None)
+                print(f"{subject}, {method}, seed {seed}: {said}", flush=True)
+    print(table(report["rows"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Full: the change to W is a matrix of W's own shape, with a number for every weight.
+
+    weight_delta = s diff
+
+Legend: W the base's weight; s the scale, alpha / rank: 1 unless the two are set apart.
+
+It holds exactly what no low-rank family can: the difference of two fine-tunes, a change read from a file.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from scumble.adapters.delta import Delta, DeltaSettings
+from scumble.adapters.operate import Layer
+
+
+class FullSettings(DeltaSettings):
+    """Full: every weight of the chosen layers is trained. As large as the layers themselves."""
+
+    family: Literal["full"] = "full"
+    """The adapter family."""
+    rank: int = Field(default=1, ge=1)
+    """Without meaning here but for the factor alpha / rank."""
+
+
+class Full(Delta):
+    """s diff beside one linear or convolution layer."""
+
+    family: ClassVar[str] = "full"
+    settings: ClassVar[type[DeltaSettings]] = FullSettings
+
+    diff: nn.Parameter
+
+    @classmethod
+    def shapes(cls, base: Layer, rank: int) -> dict[str, tuple[int, ...]]:
+        """The weight's own."""
+        return {"diff": tuple(base.weight.shape)}
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Zero."""
+        nn.init.zeros_(self.diff)
+
+    def weight_delta(self, weight: Tensor) -> Tensor:
+        """s diff, in the parameters' dtype."""
+        return self.scale * self.diff

@@ -1,0 +1,529 @@
+"""evaluate: draw base and adapter from the same seeds, measure, recommend a checkpoint, write numbers and a page."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from scumble.errors import ConfigError, FormatError, ModelError
+from scumble.evaluation.asks import Ask, class_ask, subject_asks, unrelated_asks
+from scumble.evaluation.concept import Concept, class_of, find_phrase, square
+from scumble.evaluation.measure import CLASS, SUBJECT, UNRELATED, Group, Scores, measure
+from scumble.runs.folder import EVALUATED, SETTINGS, RunFolder
+from scumble.settings import Settings
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from scumble.evaluation.eyes import Eye
+    from scumble.inference.session import Session
+    from scumble.runs.config import RunConfig
+
+NUMBERS, PAGE, PICTURES = "evaluation.json", "evaluation.html", "pictures"
+CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"
+"""The models that are used where they lie in the local cache and no others are named."""
+LARGEST = 512
+"""Side in pixels that training pictures are reduced to."""
+CLASS_SHARE = 3
+"""A third as many pictures of the class as of the subject, at least four."""
+
+Told = Callable[[int, int, str], None]
+"""(pictures drawn, pictures in all, what is drawn)."""
+
+
+class EvaluationSettings(Settings):
+    """How much is drawn, and how."""
+
+    pictures: int = Field(24, ge=2)
+    """Pictures of the subject in new scenes."""
+    seeds: int = Field(2, ge=1)
+    """Seeds of each scene; the scenes are pictures / seeds."""
+    unrelated: int = Field(50, ge=0)
+    """Prompts that have nothing to do with the subject, one picture each; 0 leaves drift out."""
+    steps: int = Field(25, ge=1)
+    """Denoising steps a picture."""
+    guidance: float = Field(7.5, ge=0)
+    """Classifier-free guidance; 1 or less turns it off."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Decides prompts, noise and intervals."""
+    resamples: int = Field(1000, ge=100)
+    """Resamples of the bootstrap."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One adapter file that is evaluated."""
+
+    file: Path
+    label: str
+    """"step 500", or the file's name."""
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A candidate with its scores."""
+
+    candidate: Candidate
+    scores: Scores
+    pictures: dict[str, list[Path]]
+    """Group -> the adapter's pictures, relative to the evaluation's folder."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found, and where it is written."""
+
+    folder: Path
+    base: str
+    concept: Concept
+    eye: str
+    """Who judged; empty for nobody."""
+    judged: Sequence[Judged]
+    recommended: Judged | None
+    """The best of several by `Scores.overall`; None for a single file, or where nobody can judge."""
+    asks: dict[str, list[Ask]]
+    seeds: dict[str, list[int]]
+    base_pictures: dict[str, list[Path]]
+    training: dict[int, Path]
+    """Number -> the training pictures that are nearest to some picture, copied beside the page."""
+    settings: EvaluationSettings
+    notes: tuple[str, ...]
+
+    @property
+    def page(self) -> Path:
+        return self.folder / PAGE
+
+    @property
+    def numbers(self) -> Path:
+        return self.folder / NUMBERS
+
+
+def evaluate(
+    source: str | Path,
+    *,
+    settings: EvaluationSettings | None = None,
+    checkpoints: bool = False,
+    subject: str | None = None,
+    class_phrase: str | None = None,
+    images: str | Path | None = None,
+    base: str | None = None,
+    clip: str | None = None,
+    dino: str | None = None,
+    output: Path | None = None,
+    device: str | None = None,
+    dtype: str = "no",
+    eye: Eye | None = None,
+    progress: Told | None = None,
+) -> Evaluation:
+    """Evaluate an adapter: what it learned, obeys, broke and copied.
+
+    Args:
+        source: a run's folder, one of its checkpoints, an adapter's file, or a folder that holds one.
+        settings: how much is drawn.
+        checkpoints: every checkpoint of the run beside its finished adapter, and recommend one.
+        subject: what prompts call the concept; None finds what all captions share.
+        class_phrase: its class in words ("dog"); None takes the subject's last word, "" leaves the class out.
+        images: the training pictures' folder; None asks the run's settings, which the file also carries.
+        base: the base; None asks the run's settings or the file.
+        clip, dino: models that judge real bases: folders or Hub ids in the local cache.
+        output: where to write; None is `evaluation/` in the run, or beside the file.
+        device, dtype: of the base, as for Session.
+        eye: who judges; None finds the picturebook's own judges, or CLIP and DINO.
+        progress: told after every picture.
+
+    Raises:
+        ConfigError, FormatError, ModelError, DataError: something is missing or does not fit; told before anything
+            is drawn.
+    """
+    from scumble.inference.find_base import find_base
+    from scumble.inference.session import Session
+    from scumble.models.loading import load_base
+    from scumble.models.precision import dtype_named, find_device
+
+    settings = settings or EvaluationSettings()
+    candidates = find_candidates(Path(source), checkpoints)
+    config = config_of(Path(source), candidates[-1].file)
+    own = config is not None and base is None
+    base = base or (config.base if config else find_base(candidates[-1].file))
+    embedded = is_embedded(base)
+    notes: list[str] = []
+    concept = find_concept(config, candidates[-1].file, subject, class_phrase, images)
+    eye = eye or find_eye(embedded, clip, dino, device, notes)
+    if not concept.pictures:
+        notes.append(
+            "There are no training pictures to compare with: learned and copied are not measured. Name them with "
+            "--images."
+        )
+    folder = claim(output or _beside(Path(source)))
+    groups = asks_of(concept, settings, embedded)
+    each = sum(len(asks) * len(seeds) for asks, seeds in groups.values())
+    tell = _Counter(progress, each * (1 + len(candidates)))
+    judged: list[Judged] = []
+    loaded = load_base(
+        base,
+        dtype=dtype_named(dtype),
+        device=find_device(device),
+        revision=config.revision if config and own else None,
+        variant=config.variant if config and own else None,
+        prediction=config.prediction if config and own else None,
+    )
+    with Session(loaded) as session:
+        notes += session.base.notes
+        before, base_pictures = _draw(session, groups, None, settings, folder, "base", tell)
+        for candidate in candidates:
+            name = f"{candidate.step:06d}" if candidate.step is not None else "adapter"
+            after, files = _draw(session, groups, candidate, settings, folder, name, tell)
+            scores = measure(before, after, concept, eye, resamples=settings.resamples, seed=settings.seed)
+            judged.append(Judged(candidate, scores, files))
+            session.unload(candidate.file)
+    training = {
+        number: Path(PICTURES) / f"training-{number:03d}.png"
+        for number in sorted({number for one in judged for number, _ in one.scores.nearest})
+    }
+    for number, path in training.items():
+        concept.pictures[number].save(folder / path)
+    found = Evaluation(
+        folder=folder,
+        base=base,
+        concept=concept,
+        eye=eye.name if eye else "",
+        judged=judged,
+        recommended=recommend(judged),
+        asks={name: list(asks) for name, (asks, _) in groups.items()},
+        seeds={name: list(seeds) for name, (_, seeds) in groups.items()},
+        base_pictures=base_pictures,
+        training=training,
+        settings=settings,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+    run = Path(source) if Path(source).is_dir() and (Path(source) / SETTINGS).is_file() else None
+    write(found, RunFolder(run) if run else None)
+    return found
+
+
+def find_candidates(source: Path, checkpoints: bool) -> list[Candidate]:
+    """The adapter files that `source` means, the finished one last.
+
+    Raises:
+        ConfigError: checkpoints are asked for where there are none.
+        FormatError: there is no adapter.
+    """
+    from scumble.inference.find_base import locate
+    from scumble.training.state import ADAPTER
+
+    saved = RunFolder(source).layout.checkpoints(source) if source.is_dir() else []
+    steps = [
+        Candidate(path / ADAPTER, f"step {step:,}", step)
+        for step, path in saved
+        if (path / ADAPTER).is_file()
+    ]
+    if checkpoints and not steps:
+        raise ConfigError(
+            f"{source} holds no checkpoints. --checkpoints needs the folder of a run that kept some "
+            "(train.checkpoint_every); without it the finished adapter alone is evaluated."
+        )
+    if (source / ADAPTER).is_file():
+        return [Candidate(source / ADAPTER, source.name)]
+    try:
+        finished = Candidate(locate(source), source.stem if source.is_file() else "finished")
+    except FormatError as error:
+        if not steps:
+            raise FormatError(f"{error} Name a run's folder or an adapter's file.") from error
+        return steps if checkpoints else steps[-1:]
+    if not checkpoints:
+        return [finished]
+    if _same_file(finished.file, steps[-1].file):
+        return steps  # the last checkpoint is the finished adapter
+    return [*steps, finished]
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    return one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()
+
+
+def config_of(source: Path, file: Path) -> RunConfig | None:
+    """The settings of the run: of its folder, else those that the adapter's file carries; None where neither does.
+
+    Raises:
+        ConfigError: run.toml is there and can't be read.
+    """
+    from scumble.formats.container import read_header
+    from scumble.formats.metadata import from_header
+    from scumble.runs.config import RunConfig
+    from scumble.runs.load import load
+
+    for folder in (source, file.parent, file.parent.parent):
+        if (folder / SETTINGS).is_file():
+            return load(folder / SETTINGS)
+    said = from_header(read_header(file).metadata).settings
+    if not said:
+        return None
+    try:
+        return RunConfig.model_validate_json(said)
+    except ValueError:  # another version's settings: what they say can be given by hand
+        return None
+
+
+def find_concept(
+    config: RunConfig | None,
+    file: Path,
+    subject: str | None,
+    class_phrase: str | None,
+    images: str | Path | None,
+) -> Concept:
+    """What was taught, by the run's settings and what is said instead.
+
+    Raises:
+        ConfigError: it isn't known what the subject is called.
+        DataError: the training pictures are not where they were.
+    """
+    from scumble.data.images import normalise
+    from scumble.data.settings import DataSettings
+    from scumble.data.sources import open_dataset
+    from scumble.formats import read
+
+    data = config.pictures if config else None
+    if images is not None:
+        data = data.model_copy(update={"images": str(images)}) if data else DataSettings(images=str(images))
+    records = open_dataset(data, seed=config.train.seed if config else 0).records if data else ()
+    pictures = tuple(_reduced(square(normalise(record.open()))) for record in records)
+    words = list(read(file).state.tokens)
+    phrase = subject.strip() if subject else ""
+    if not phrase and not records and not words:
+        raise ConfigError(
+            f"{file} was trained without pictures, or doesn't say on which: say what its subject is called "
+            '(--subject "a fox"), and where its training pictures are (--images FOLDER) if there are some.'
+        )
+    if not phrase and records:
+        phrase = find_phrase([caption for record in records for caption in record.captions], words)
+    phrase = phrase or " ".join(words)
+    named = class_of(phrase) if class_phrase is None else class_phrase.strip()
+    return Concept(phrase, pictures, tuple(record.key for record in records), named)
+
+
+def _reduced(picture: Image.Image) -> Image.Image:
+    """No larger than judges look at, so that many photos fit into memory."""
+    picture.thumbnail((LARGEST, LARGEST))
+    return picture
+
+
+def find_eye(
+    embedded: bool, clip: str | None, dino: str | None, device: str | None, notes: list[str]
+) -> Eye | None:
+    """Who judges: the picturebook's own judges for its base; else CLIP and DINO where they are on this machine.
+
+    Raises:
+        ModelError: a model that was named is not there.
+    """
+    from scumble.evaluation.eyes import ModelEye, PicturebookEye
+    from scumble.models.precision import find_device
+
+    if embedded and not (clip or dino):
+        return PicturebookEye()
+    if not (clip or dino):
+        clip, dino = (name if _cached(name) else None for name in (CLIP, DINO))
+    if not (clip or dino):
+        notes.append(
+            "Nobody can say how like the subject the pictures are: no CLIP and no DINO is on this machine. Name "
+            f"some with --clip and --dino, or fetch the usual ones: hf download {CLIP}; hf download {DINO}. Drift, "
+            "diversity and copies are measured in pixels."
+        )
+        return None
+    return ModelEye(clip, dino, device=find_device(device))
+
+
+def _cached(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def is_embedded(base: str) -> bool:
+    """Whether this is the base inside the package."""
+    import scumble.picturebook
+
+    if base == "picturebook":
+        return True
+    try:
+        return Path(base).resolve() == scumble.picturebook.path().resolve()
+    except ModelError:
+        return False
+
+
+def asks_of(
+    concept: Concept, settings: EvaluationSettings, embedded: bool
+) -> dict[str, tuple[list[Ask], list[int]]]:
+    """Group -> (prompts, seeds)."""
+    seeds = min(settings.seeds, settings.pictures)
+    scenes = max(1, settings.pictures // seeds)
+    groups = {
+        SUBJECT: (
+            subject_asks(concept, scenes, embedded=embedded, seed=settings.seed),
+            [settings.seed + number for number in range(seeds)],
+        )
+    }
+    bare = class_ask(concept)
+    if bare is not None:
+        count = max(4, settings.pictures // CLASS_SHARE)
+        groups[CLASS] = ([bare], [settings.seed + number for number in range(count)])
+    if settings.unrelated:
+        groups[UNRELATED] = (
+            unrelated_asks(settings.unrelated, embedded=embedded, seed=settings.seed),
+            [settings.seed],
+        )
+    return groups
+
+
+def recommend(judged: Sequence[Judged]) -> Judged | None:
+    """The candidate with the highest overall score, the earlier of two; None for one candidate or without scores."""
+    known = [one for one in judged if one.scores.overall is not None]
+    if len(judged) < 2 or not known:
+        return None
+    return max(known, key=lambda one: one.scores.overall or 0.0)
+
+
+def claim(folder: Path) -> Path:
+    """An empty folder to write to; an earlier evaluation there is replaced.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    if folder.is_file():
+        raise ConfigError(f"--output {folder} is a file. Name a folder.")
+    if folder.is_dir() and any(folder.iterdir()):
+        others = [path.name for path in folder.iterdir() if path.name not in (NUMBERS, PAGE, PICTURES)]
+        if others:
+            raise ConfigError(
+                f"{folder} holds other files ({', '.join(sorted(others)[:4])}). Write to a new folder with --output."
+            )
+        shutil.rmtree(folder)
+    (folder / PICTURES).mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _beside(source: Path) -> Path:
+    from scumble.training.state import ADAPTER
+
+    if (source / ADAPTER).is_file():  # a checkpoint holds what a run goes on from, and nothing else
+        return source.parent / EVALUATED
+    return source / EVALUATED if source.is_dir() else source.with_name(f"{source.stem}-{EVALUATED}")
+
+
+def _draw(
+    session: Session,
+    groups: dict[str, tuple[list[Ask], list[int]]],
+    candidate: Candidate | None,
+    settings: EvaluationSettings,
+    folder: Path,
+    name: str,
+    tell: _Counter,
+) -> tuple[dict[str, Group], dict[str, list[Path]]]:
+    from scumble.inference.request import AdapterUse, Request
+
+    drawn: dict[str, Group] = {}
+    files: dict[str, list[Path]] = {}
+    for group, (asks, seeds) in groups.items():
+        pictures: list[Image.Image] = []
+        paths: list[Path] = []
+        for ask in asks:
+            request = Request(
+                prompt=ask.prompt,
+                count=len(seeds),
+                seed=seeds[0],
+                steps=settings.steps,
+                guidance=settings.guidance,
+                adapters=(AdapterUse(path=candidate.file),) if candidate else (),
+            )
+            for drawing in session.generate(request):
+                path = Path(PICTURES) / f"{name}-{group}-{len(paths):03d}.png"
+                drawing.save(folder / path)
+                pictures.append(drawing.image)
+                paths.append(path)
+                tell.one(f"{candidate.label if candidate else 'base'}: {group}")
+        drawn[group], files[group] = Group(asks, seeds, pictures), paths
+    return drawn, files
+
+
+class _Counter:
+    """Counts drawn pictures for a progress bar."""
+
+    def __init__(self, told: Told | None, total: int) -> None:
+        self._told, self._total, self._done = told, total, 0
+
+    def one(self, what: str) -> None:
+        self._done += 1
+        if self._told is not None:
+            self._told(self._done, self._total, what)
+
+
+def write(found: Evaluation, run: RunFolder | None) -> None:
+    """The numbers as JSON, the page, and in a run's own folder what its model card says of it."""
+    from scumble.evaluation.page import render
+
+    found.numbers.write_text(_json(as_json(found)), encoding="utf-8")
+    found.page.write_text(render(found), encoding="utf-8")
+    if run is not None:
+        run.evaluation.write_text(_json(summary(found)), encoding="utf-8")
+
+
+def _json(values: object) -> str:
+    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+
+
+def summary(found: Evaluation) -> dict[str, dict[str, Any]]:
+    """Section -> measure -> value and interval, of the recommended adapter or the last one."""
+    scores = (found.recommended or found.judged[-1]).scores
+    return {
+        section: {measured.name: measured.adapter.as_json() for measured in scores.of(section)}
+        for section in ("learned", "obeys", "broke", "copied")
+        if scores.of(section)
+    }
+
+
+def as_json(found: Evaluation) -> dict[str, Any]:
+    """Everything measured, as plain JSON values."""
+    return {
+        "base": found.base,
+        "subject": found.concept.phrase,
+        "class": found.concept.class_phrase,
+        "judge": found.eye,
+        "settings": found.settings.model_dump(mode="json"),
+        "recommended": found.recommended.candidate.label if found.recommended else None,
+        "notes": list(found.notes),
+        "prompts": {name: [ask.prompt for ask in asks] for name, asks in found.asks.items()},
+        "adapters": [
+            {
+                "label": one.candidate.label,
+                "step": one.candidate.step,
+                "file": str(one.candidate.file),
+                "learned": _rounded(one.scores.learned),
+                "obeys": _rounded(one.scores.obeys),
+                "kept": _rounded(one.scores.kept),
+                "overall": _rounded(one.scores.overall),
+                "measures": [
+                    {
+                        "section": m.section,
+                        "name": m.name,
+                        "unit": m.unit,
+                        "adapter": m.adapter.as_json(),
+                        "base": m.base.as_json() if m.base else None,
+                    }
+                    for m in one.scores.measures
+                ],
+                "nearest": [[number, round(far, 3)] for number, far in one.scores.nearest],
+                "drift": [round(value, 3) for value in one.scores.drift],
+            }
+            for one in found.judged
+        ],
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 5)

@@ -1,0 +1,145 @@
+"""The format of LyCORIS (LoHa, LoKr, DoRA, IA3, full matrices): kohya's flat names with other tensors after them.
+
+    lora_unet_..._to_q.hada_w1_a (out, r), .hada_w1_b, .hada_w2_a, .hada_w2_b, .alpha
+    lora_unet_..._to_q.lokr_w1 (a, c), .lokr_w2_a (b, r), .lokr_w2_b (r, d k k), .alpha
+    lora_unet_..._to_q.lora_down.weight, .lora_up.weight, .alpha, .dora_scale (out, 1) or, older, (1, in)
+    lora_unet_..._to_q.diff (out, in); .weight (out,) with .on_input
+
+Endings are those of `kinds.py`; families may be mixed in one file, plain LoRA among them. The scale is alpha / r,
+and 1 where there is no rank: `diff`, `weight`, and LoKr with both matrices whole. A family that no other tool has
+is written under endings of our own. rsLoRA needs no mark, its
+alpha is written multiplied by sqrt(r).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from scumble.adapters.families import FAMILIES
+from scumble.adapters.magnitude import INPUTS, OUTPUTS
+from scumble.adapters.state import AdapterState, LayerPath, LayerState
+from scumble.formats.bundles import with_tokens
+from scumble.formats.codec import cannot_represent
+from scumble.formats.container import TensorFile
+from scumble.formats.flat_names import FlatNames, is_flat, is_sdxl, of_lycoris, spell
+from scumble.formats.kinds import has_alpha, is_own, parts_of, split_ending, told_rank, weight_shape
+from scumble.formats.kohya import hashes, refuse_transformers, tool_header
+from scumble.formats.metadata import compact, to_header
+from scumble.formats.pairs import Decoded, Factor, assemble, check_lora, refuse_unsupported, split_factor
+from scumble.formats.scales import settle
+
+_PAIRS = ("lora", "dora")
+_ALGORITHMS = {"lora": "locon", "dora": "locon"}
+"""Family -> LyCORIS's word for it, where that is another."""
+
+
+class Lycoris:
+    """What `lycoris.kohya` writes."""
+
+    name = "lycoris"
+    diffusers_reads = False
+    """diffusers' own loader refuses these families, or drops their magnitudes."""
+
+    def matches(self, file: TensorFile) -> bool:
+        """Whether any tensor under a flat name is of a family that LyCORIS adds."""
+        return any(of_lycoris(name) for name in file.tensors)
+
+    def decode(self, file: TensorFile, layers: Collection[LayerPath] | None) -> Decoded:
+        """See `Codec.decode`. Changes to biases and norms are left out where they are zero, else refused."""
+        zero = [name for name, tensor in file.tensors.items() if _is_zero_side(name, tensor)]
+        refuse_unsupported(name for name in file.tensors if name not in zero)
+        refuse_transformers(file)
+        factors = [
+            Factor(name, *split)
+            for name in file.tensors
+            if is_flat(name) and (split := _split(name))[1] and name not in zero
+        ]
+        whole = {factor.layer for factor in factors if factor.part != "alpha"}
+        factors = [factor for factor in factors if factor.layer in whole]
+        scales = partial(settle, file, zero_means_rank=True)
+        return with_tokens(file, assemble(file, factors, FlatNames(layers), scales, zero))
+
+    def obstacle(self, state: AdapterState) -> str | None:
+        """See `Codec.obstacle`."""
+        if state.tokens:
+            return "it has no place for learned tokens"
+        if all(layer.family == "lora" for layer in state.layers.values()):
+            return "plain LoRA is kohya's format"
+        sdxl, seen = is_sdxl(state), dict[str, LayerPath]()
+        for path, layer in state.layers.items():
+            spelled = spell(path, sdxl)
+            if layer.family not in FAMILIES:
+                return f"it does not know {layer.family}"
+            if spelled is None:
+                return f"it has no name for {path!r}"
+            if spelled in seen:
+                return f"it has one name for {seen[spelled]!r} and {path!r}"
+            if layer.alpha == 0:
+                return f"alpha 0 means alpha = rank in it, and {path!r} has alpha 0"
+            if is_own(layer.family):  # scale and all in our own header entry
+                seen[spelled] = path
+                continue
+            if layer.family not in _PAIRS and weight_shape(layer) is None:
+                return f"the tensors of {path!r} are no whole {layer.family}"
+            if not told_rank(layer) and not math.isclose(layer.scale, 1.0):
+                return f"a change without rank has no alpha in it, and that of {path!r} is {layer.scale:g}"
+            seen[spelled] = path
+        return None
+
+    def encode(self, state: AdapterState) -> TensorFile:
+        """See `Codec.encode`. `.alpha` is the one by which alpha / r is the layer's scale, in float32."""
+        if self.obstacle(state) is not None:
+            raise cannot_represent(self, state)
+        sdxl = is_sdxl(state)
+        tensors: dict[str, Tensor] = {}
+        layers = {}
+        for path, layer in state.layers.items():
+            spelled = spell(path, sdxl)
+            assert spelled is not None
+            layers[spelled] = layer
+            tensors |= {f"{spelled}.{part}": tensor for part, tensor in _parts(path, layer).items()}
+        families = sorted({_ALGORITHMS.get(layer.family, layer.family) for layer in layers.values()})
+        said = tool_header(state.metadata, layers, "sdxl" if sdxl else state.metadata.base_family) | {
+            "ss_network_module": "lycoris.kohya",
+            "ss_network_args": compact({"algo": families[0] if len(families) == 1 else "mixed"}),
+        }
+        file = TensorFile(tensors, {**to_header(state.metadata, layers), **said})
+        return replace(file, metadata={**file.metadata, **hashes(file)})
+
+
+def _split(name: str) -> tuple[str, str]:
+    layer, part = split_factor(name)
+    return (layer, part) if part else split_ending(name, flat=True)
+
+
+def _is_zero_side(name: str, tensor: Tensor) -> bool:
+    return name.endswith((".diff_b", ".w_norm", ".b_norm")) and not tensor.is_meta and not bool(tensor.any())
+
+
+def _parts(path: LayerPath, layer: LayerState) -> dict[str, Tensor]:
+    """A layer's tensors by the endings of their names."""
+    alpha = {"alpha": torch.tensor(layer.scale * layer.rank)}
+    if layer.family in _PAIRS:
+        pair = {name: layer.tensors[name] for name in ("down", "up") if name in layer.tensors}
+        check_lora(path, replace(layer, tensors=pair))
+        parts = {f"lora_{name}.weight": tensor for name, tensor in pair.items()}
+        dimensions = pair["down"].ndim
+    else:
+        parts = parts_of(layer)
+        dimensions = len(weight_shape(layer) or (0, 0))
+        alpha = alpha if has_alpha(layer.family) else {}
+    return parts if is_own(layer.family) else parts | alpha | _dora_scale(layer, dimensions)
+
+
+def _dora_scale(layer: LayerState, dimensions: int) -> dict[str, Tensor]:
+    """The magnitude beside a weight of so many dimensions."""
+    tail = (1,) * (dimensions - 2)
+    if OUTPUTS in layer.tensors:
+        return {"dora_scale": layer.tensors[OUTPUTS].reshape(-1, 1, *tail)}
+    return {"dora_scale": layer.tensors[INPUTS].reshape(1, -1, *tail)} if INPUTS in layer.tensors else {}

@@ -1,0 +1,215 @@
+"""Pivotal tuning: first a word by textual inversion, then an adapter around that pivot.
+
+Sources: Roich et al. 2021, "Pivotal Tuning for Latent-based Editing of Real Images" (for GANs): invert, then tune the
+generator around the inverted point; cloneofsimo's LoRA brought it to diffusion. The word finds what of the subject the
+base can say already; the adapter adds the rest, and needs to move less far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+from pydantic import Field, model_validator
+
+from scumble.adapters.adapter import Adapter
+from scumble.data.problems import Problem
+from scumble.data.woven import Embeddable, Onward
+from scumble.errors import ConfigError
+from scumble.methods.method import Ingredients
+from scumble.methods.parts import HeldOutLoss, describe, facts, identity, trainables, verify
+from scumble.methods.text_encoder import TextEncoderSettings, phases, with_text_encoder
+from scumble.methods.words import WordSettings, check_words, new_words
+from scumble.models.text import Words
+from scumble.settings import Settings
+from scumble.training.objective import DenoisingObjective
+from scumble.training.optimizers import OptimizerSettings
+from scumble.training.plan import Phase, Plan, nothing
+from scumble.training.schedules import ScheduleSettings
+
+if TYPE_CHECKING:
+    from scumble.data.record import Batch, Batches
+    from scumble.data.settings import DataSettings
+
+TOKENS = "tokens"
+"""What the words are called among the things that train."""
+
+
+class InversionOptimizerSettings(OptimizerSettings):
+    """How words are moved: each step by a few per cent of what the table's numbers spread over."""
+
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Learning rate at the schedule's top. For prodigy it multiplies the estimated rate: use 1.0."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay (Loshchilov & Hutter, 2019). norm_pull holds the words' lengths without it."""
+
+
+class PivotalSettings(WordSettings, TextEncoderSettings):
+    """Which words are taught, for how long alone, and what becomes of them while the adapter trains."""
+
+    inversion_steps: int = Field(ge=0)
+    """Steps in which the words train alone; the rest of train.steps tunes the adapter. 0 trains both from the start."""
+    inversion_optimizer: InversionOptimizerSettings = InversionOptimizerSettings()
+    """How the words are moved meanwhile; train.optimizer moves the adapter."""
+    inversion_schedule: ScheduleSettings = ScheduleSettings()
+    """How the words' learning rate changes meanwhile; train.schedule is the adapter's."""
+    joint: bool = False
+    """Train the words on while the adapter is tuned, at token_learning_rate. Off: they stay what they became."""
+    token_learning_rate: float | None = Field(None, gt=0)
+    """The words' own rate while the adapter is tuned. Unset: a tenth of the inversion's."""
+
+    @model_validator(mode="after")
+    def _the_words_train(self) -> PivotalSettings:
+        if not self.inversion_steps and not self.joint:
+            raise ValueError(
+                "inversion_steps = 0 with joint = false would never train the words: give inversion_steps, or set "
+                "joint = true"
+            )
+        if self.token_learning_rate is not None and not self.joint:
+            raise ValueError(
+                f"token_learning_rate = {self.token_learning_rate:g} has no effect with joint = false, where the words "
+                "rest while the adapter is tuned"
+            )
+        if self.joint and self.text_encoder_until < 1:
+            raise ValueError(
+                f"joint = true trains the words to the end, and text_encoder_until = {self.text_encoder_until:g} ends "
+                "that of the text encoder that reads them. Leave one out"
+            )
+        changed = {"inversion_optimizer", "inversion_schedule"} & self.model_fields_set
+        if not self.inversion_steps and any(
+            getattr(self, name) != type(self).model_fields[name].default for name in changed
+        ):
+            raise ValueError(f"{', '.join(sorted(changed))}: no effect with inversion_steps = 0")
+        return self
+
+
+class Pivotal:
+    """Two phases or more: the words, then the adapter around them."""
+
+    name = "pivotal"
+    settings = PivotalSettings
+    needs_pictures = True
+    trains_text = True
+
+    def check(
+        self, options: Settings, data: DataSettings | None, words: Sequence[Words]
+    ) -> Sequence[Problem]:
+        """See `method.Checks`."""
+        assert isinstance(options, PivotalSettings)
+        return check_words(options, "pivotal", data, words)
+
+    def plan(self, ingredients: Ingredients) -> Plan:
+        """See `Method`.
+
+        Raises:
+            AdapterError: a placeholder is in the vocabulary already.
+            ConfigError: a word to start from is several tokens, or no step is left for the adapter.
+        """
+        options, train = ingredients.options, ingredients.train
+        assert isinstance(options, PivotalSettings) and ingredients.batches is not None
+        tuning = train.steps - options.inversion_steps
+        if tuning < 1:
+            raise ConfigError(
+                f"pivotal.inversion_steps = {options.inversion_steps} leaves none of the {train.steps} steps of "
+                "train.steps for the adapter. Raise train.steps: it counts both."
+            )
+        ingredients = with_text_encoder(ingredients, options)
+        base, streams = ingredients.base, ingredients.streams
+        rows = new_words(ingredients, options)
+        adapter = Adapter.inject(
+            base.roots, ingredients.targets, ingredients.adapter, streams=streams, within=ingredients.within
+        )
+        adapter.tokens = rows
+        adapter.train(
+            False
+        )  # what embeds captions once must not drop anything; the loop switches what trains
+        base.train_memory(checkpointing=train.gradient_checkpointing)
+        metadata = describe(ingredients)
+        groups = trainables(adapter, ingredients.learning_rates)
+        words_alone = tuple(replace(group, learning_rate=None) for group in groups if group.name == TOKENS)
+
+        def keep_norms() -> None:
+            rows.bound_norms(options.norm_pull, options.norm_limit)
+
+        inversion = Phase(
+            name="inversion",
+            trainables=words_alone,
+            batches=ingredients.batches,
+            objective=DenoisingObjective(base, streams, train.objective),
+            steps=options.inversion_steps,
+            optimizer=options.inversion_optimizer,
+            schedule=options.inversion_schedule,
+            after_step=keep_norms,
+        )
+        return Plan(
+            phases=(
+                *([inversion] if options.inversion_steps else []),
+                *_tuning(ingredients, options, adapter, tuning, keep_norms),
+            ),
+            export=lambda: adapter.state(metadata),
+            verify=lambda state: verify(state, base, ingredients.fresh, streams),
+            held_out=HeldOutLoss(base, adapter, ingredients.held_out, streams)
+            if ingredients.held_out
+            else None,
+            identity=identity(ingredients),
+            facts={
+                "method": self.name,
+                "words": ", ".join(options.placeholders),
+                "steps of inversion and tuning": f"{options.inversion_steps} + {tuning}",
+                **facts(adapter, ingredients),
+            },
+        )
+
+
+def _tuning(
+    ingredients: Ingredients, options: PivotalSettings, adapter: Adapter, steps: int, keep_norms: object
+) -> Iterator[Phase]:
+    """The phases after the pivot."""
+    base, train = ingredients.base, ingredients.train
+    rates = dict(ingredients.learning_rates)
+    if options.joint:
+        rates[TOKENS] = options.token_learning_rate or options.inversion_optimizer.learning_rate / 10
+    batches = cast("Embeddable", ingredients.batches)
+    first = options.inversion_steps * train.accumulate
+    reads = any(path.partition(".")[0] in base.vocabularies for path in adapter.deltas)
+    later: Batches = Later(batches, first)
+    if not options.joint and not reads:
+        later = Onward(batches, first)  # nothing moves the text any more: it is embedded once
+    for phase in phases(
+        replace(ingredients, learning_rates=rates, train=train.model_copy(update={"steps": steps})),
+        options,
+        adapter,
+        later,
+        lambda among: DenoisingObjective(base, ingredients.streams, train.objective, among=among),
+    ):
+        yield replace(
+            phase,
+            name=phase.name.replace("adapter", "tuning", 1),
+            trainables=tuple(group for group in phase.trainables if options.joint or group.name != TOKENS),
+            after_step=keep_norms if options.joint else nothing,  # type: ignore[arg-type]
+        )
+
+
+class Later:
+    """Batches from the `first`-th micro-batch of a process on: a phase does not see again what one before it saw."""
+
+    def __init__(self, batches: Embeddable, first: int) -> None:
+        self._batches, self._first = batches, first
+        self.batch_size, self.samples = batches.batch_size, batches.samples
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the batches it goes on with."""
+        return self._batches.fingerprint
+
+    def start(self, number: int, *, process: int = 0, processes: int = 1) -> Iterator[Batch]:
+        """See `Batches`."""
+        return self._batches.start(number + self._first, process=process, processes=processes)
+
+    def with_text_embeddings(self) -> Later:
+        """See `Embeddable`."""
+        return Later(self._batches.with_text_embeddings(), self._first)
+
+
+pivotal = Pivotal()

@@ -1,0 +1,83 @@
+"""Checkpoint names: which tensor of a single checkpoint holds the weight of which layer.
+
+diffusers' own converters, by which such a file is loaded, are handed marks instead of tensors and asked where
+each one went: what they say here is what they do there, so that a table of our own can't disagree with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from scumble.errors import ModelError
+from scumble.models.single_file import CLIP, OPEN_CLIP, UNET, unet_config
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A tensor's place: its name in the file, and which of its rows. Stands in for the tensor in a converter."""
+
+    name: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    def __getitem__(self, index: Any) -> Mark:
+        rows = index[0] if isinstance(index, tuple) else index
+        begin, end, _ = rows.indices(self.end - self.begin)
+        return Mark(self.name, (end - begin, *self.shape[1:]), self.begin + begin, self.begin + end)
+
+    @property
+    def T(self) -> Mark:
+        return self
+
+    def clone(self) -> Mark:
+        return self
+
+    def detach(self) -> Mark:
+        return self
+
+    def contiguous(self) -> Mark:
+        return self
+
+
+def layer_marks(shapes: Mapping[str, tuple[int, ...]], name: str) -> dict[str, Mark]:
+    """`"unet.down_blocks.0...to_q.weight"` -> where it is in a checkpoint whose tensors have these `shapes`.
+
+    Every tensor of the UNet and the text encoder that diffusers reads is there, biases and norms too.
+
+    Raises:
+        ModelError: the file is not laid out as an SD 1 or SD 2 checkpoint.
+    """
+    from diffusers.loaders.single_file_utils import (
+        convert_ldm_clip_checkpoint,
+        convert_ldm_unet_checkpoint,
+        convert_open_clip_checkpoint,
+    )
+
+    marks = {key: Mark(key, shape, 0, shape[0] if shape else 0) for key, shape in shapes.items()}
+    try:
+        unet = convert_ldm_unet_checkpoint(
+            {key: mark for key, mark in marks.items() if key.startswith(UNET)}, unet_config(shapes)
+        )
+    except (KeyError, IndexError) as error:
+        raise ModelError(
+            f"{name} is not laid out as Stable Diffusion's checkpoints are: {error} is not where it belongs. If "
+            "diffusers can load it, save it as a folder with save_pretrained and name that folder."
+        ) from error
+    if f"{CLIP}embeddings.token_embedding.weight" in shapes:
+        text = convert_ldm_clip_checkpoint(marks)
+    elif f"{OPEN_CLIP}token_embedding.weight" in shapes:
+        width = shapes[f"{OPEN_CLIP}token_embedding.weight"][1]
+        text = convert_open_clip_checkpoint(
+            SimpleNamespace(config=SimpleNamespace(hidden_size=width)), marks, OPEN_CLIP
+        )
+    else:
+        text = {}
+    return {
+        f"{root}.{key}": mark
+        for root, found in (("unet", unet), ("text_encoder", text))
+        for key, mark in found.items()
+    }

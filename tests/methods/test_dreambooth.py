@@ -1,0 +1,224 @@
+"""DreamBooth: the paper's formula to the gradient, the class kept both ways, and what is said before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from scumble.data.record import Batch
+from scumble.data.settings import DataSettings
+from scumble.errors import ConfigError
+from scumble.methods.dreambooth import DreamBoothSettings, class_data, dreambooth
+from scumble.models import FAMILIES
+from scumble.models.family import BaseModel
+from scumble.models.text import Words
+from scumble.rng import Streams
+from scumble.training.plan import Plan
+from scumble.training.settings import TrainSettings
+from tests.training.world import make_plan
+
+SETTINGS = TrainSettings(steps=3, batch=2, seed=5)
+CLASS = {"class_prompt": "a dog", "prior_weight": 0.7}
+
+
+@pytest.fixture(scope="module")
+def words() -> list[Words]:
+    base = FAMILIES.get("sd1").tiny()
+    return [base.words]  # type: ignore[attr-defined]
+
+
+def made(options: dict[str, Any], **others: Any) -> tuple[Plan, BaseModel, list[nn.Parameter]]:
+    """A plan whose adapter is somewhere, not at its start, with its base and parameters."""
+    plan, base = make_plan(SETTINGS, method="dreambooth", options=options, **others)
+    parameters = [p for each in plan.phases[0].trainables for p in each.parameters.values()]
+    with torch.no_grad():
+        for number, parameter in enumerate(parameters):
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    return plan, base, parameters
+
+
+def first(plan: Plan, count: int = 1) -> list[Batch]:
+    batches: Iterator[Batch] = plan.phases[0].batches.start(0)
+    return list(islice(batches, count))
+
+
+def gradient(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+
+
+def noisy(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_t, noise, t) of a batch, from the definitions."""
+    noise = Streams(5).normal("noise", batch.positions, batch.latents.shape[1:])
+    t = (Streams(5).uniform("timestep", batch.positions) * 1000).long()
+    level = base.prediction.alphas_cumprod[t].view(-1, 1, 1, 1)  # type: ignore[attr-defined]
+    return level.sqrt() * batch.latents + (1 - level).sqrt() * noise, noise, t
+
+
+def test_class_pictures_weigh_as_in_the_paper() -> None:
+    """mean(instance) + lambda * mean(prior), Ruiz et al. 2023, eq. 2, over two micro-batches."""
+    plan, base, parameters = made({"prior": "images", **CLASS})
+    batches = first(plan, 2)
+    objective = plan.phases[0].objective
+    loss = sum(objective(batch).sum() for batch in batches) / sum(map(len, batches))
+    instance, prior = [], []
+    for batch in batches:
+        xt, noise, t = noisy(base, batch)
+        assert batch.conditioning is not None
+        answer = base.denoiser(xt, t, batch.conditioning.tokens).sample
+        each = (answer - noise).square().mean((1, 2, 3))
+        instance += list(each[0::2])
+        prior += list(each[1::2])
+    formula = torch.stack(instance).mean() + 0.7 * torch.stack(prior).mean()
+    torch.testing.assert_close(loss, formula)
+    theirs = gradient(formula, parameters)
+    assert theirs.abs().max() > 1e-3
+    torch.testing.assert_close(gradient(loss, parameters), theirs, atol=1e-6, rtol=1e-4)
+    assert plan.phases[0].batches.batch_size == 4 and plan.facts["class pictures"] == 5
+
+
+def test_the_bases_own_prediction_weighs_as_in_the_paper() -> None:
+    plan, base, parameters = made({"prior": "prediction", **CLASS})
+    (batch,) = first(plan)
+    loss = plan.phases[0].objective(batch).mean()
+    untouched = FAMILIES.get("sd1").tiny(0)
+    xt, noise, t = noisy(base, batch)
+    said = untouched.encode_prompts(["a dog"] * 2).tokens
+    with torch.no_grad():
+        kept = untouched.denoiser(xt, t, said).sample
+    assert batch.conditioning is not None
+    instance = (base.denoiser(xt, t, batch.conditioning.tokens).sample - noise).square().mean()
+    prior = (base.denoiser(xt, t, said).sample - kept).square().mean()
+    assert prior > 1e-5
+    formula = instance + 0.7 * prior
+    torch.testing.assert_close(loss, formula)
+    torch.testing.assert_close(
+        gradient(loss, parameters), gradient(formula, parameters), atol=1e-6, rtol=1e-4
+    )
+
+
+def test_an_untrained_adapter_costs_the_prior_nothing() -> None:
+    plain, _ = make_plan(SETTINGS, method="dreambooth")
+    kept, _ = make_plan(SETTINGS, method="dreambooth", options={"prior": "prediction", **CLASS})
+    (batch,) = first(kept)
+    assert torch.equal(plain.phases[0].objective(batch), kept.phases[0].objective(batch))
+
+
+def test_the_mask_is_about_the_subject() -> None:
+    """Where it is black the instance counts nothing; the class is kept everywhere."""
+    plan, base, _ = made({"prior": "prediction", **CLASS})
+    (batch,) = first(plan)
+    masked = replace(batch, mask=torch.zeros(2, 1, 4, 4))
+    xt, _, t = noisy(base, batch)
+    said = base.encode_prompts(["a dog"] * 2).tokens
+    with torch.no_grad():
+        mine = base.denoiser(xt, t, said).sample
+        theirs = FAMILIES.get("sd1").tiny(0).denoiser(xt, t, said).sample
+    expected = 0.7 * (mine - theirs).square().mean((1, 2, 3))
+    torch.testing.assert_close(plan.phases[0].objective(masked), expected)
+
+
+def test_a_trained_text_encoder_is_held_to_the_bases_reading() -> None:
+    """The class prompt is read with the adapter, its target without: gradients reach the text encoder."""
+    options = {"prior": "prediction", "train_text_encoder": True, **CLASS}
+    plan, base, parameters = made(options)
+    (batch,) = first(plan)
+    assert batch.conditioning is None
+    untouched = FAMILIES.get("sd1").tiny(0)
+    xt, noise, t = noisy(base, batch)
+    with torch.no_grad():
+        kept = untouched.denoiser(xt, t, untouched.encode_prompts(["a dog"] * 2).tokens).sample
+    instance = base.denoiser(xt, t, base.encode_prompts(batch.captions).tokens).sample - noise
+    prior = base.denoiser(xt, t, base.encode_prompts(["a dog"] * 2).tokens).sample - kept
+    formula = instance.square().mean() + 0.7 * prior.square().mean()
+    loss = plan.phases[0].objective(batch).mean()
+    torch.testing.assert_close(loss, formula)
+    torch.testing.assert_close(
+        gradient(loss, parameters), gradient(formula, parameters), atol=1e-6, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"prior": "images"}, "class_prompt that the base can draw them from"),
+        ({"prior": "prediction"}, "class_prompt is not set"),
+        ({"prior": "prediction", "class_prompt": "a dog", "class_count": 5}, "class_count: .*no effect"),
+        ({"class_images": "dogs/"}, "class_images: .*no effect"),
+        ({"prior_weight": 0.5}, "prior_weight = 0.5 has no effect"),
+        ({"text_encoder_until": 0}, "greater than 0"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        DreamBoothSettings(**options)
+
+
+def test_the_instance_prompt_is_every_pictures_caption() -> None:
+    options = DreamBoothSettings(instance_prompt="a photo of sks dog")
+    assert options.shaped(DataSettings(images="p")).caption == "a photo of sks dog"
+    assert DreamBoothSettings().shaped(DataSettings(images="p")).caption is None
+    with pytest.raises(ConfigError, match="both are the caption"):
+        options.shaped(DataSettings(images="p", caption="a dog"))
+
+
+def test_class_pictures_are_shown_in_the_form_of_the_subjects() -> None:
+    data = DataSettings(
+        images="p", masks="alpha", resolution=64, random_flip=True, held_out=1, templates=("so: {caption}",)
+    )
+    options = DreamBoothSettings(prior="images", class_prompt="a dog", class_images="dogs")
+    shown = class_data(options, data, "dogs")
+    assert (shown.images, shown.caption, shown.masks, shown.held_out) == ("dogs", "a dog", None, 0)
+    assert (shown.resolution, shown.random_flip, shown.templates) == (64, True, ("{caption}",))
+
+
+def test_long_prompts_are_refused_with_what_is_cut_off(words: list[Words]) -> None:
+    limit = words[0].limit
+    prompt = "a photo of sks dog " + "x " * limit + "the end"
+    options = DreamBoothSettings(instance_prompt=prompt, class_prompt="a dog", prior="prediction")
+    (problem,) = dreambooth.check(options, None, words)
+    assert problem.error and problem.key == "dreambooth.instance_prompt"
+    (cut,) = words[0].truncated([prompt])
+    assert cut.lost in str(problem) and "the end" in cut.lost.replace(" ", "").replace("theend", "the end")
+
+
+def test_a_prompt_without_identifier_is_a_warning(words: list[Words]) -> None:
+    for prompt, warned in (("A photo of a dog.", True), ("a photo of sks dog", False)):
+        options = DreamBoothSettings(instance_prompt=prompt, class_prompt="a photo of a dog")
+        problems = dreambooth.check(options, None, words)
+        assert [problem.error for problem in problems] == ([False] if warned else [])
+        assert not warned or "'A photo of a dog.' has no word" in problems[0].text
+
+
+def test_class_pictures_that_nobody_can_draw_are_refused(tmp_path: Path) -> None:
+    options = DreamBoothSettings(prior="images", class_images=str(tmp_path), class_count=3)
+    (problem,) = dreambooth.check(options, None, [])
+    assert problem.error and "holds 0 pictures, class_count asks for 3" in problem.text
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    assert dreambooth.check(options, None, []) == []
+    nowhere = options.model_copy(update={"class_images": str(tmp_path / "none"), "class_count": None})
+    assert "holds 0 pictures" in dreambooth.check(nowhere, None, [])[0].text
+    drawn = nowhere.model_copy(update={"class_prompt": "a dog"})
+    assert dreambooth.check(drawn, None, []) == [], "the base draws them"
+    a_file = drawn.model_copy(update={"class_images": str(tmp_path / "0.png")})
+    assert "is a file" in dreambooth.check(a_file, None, [])[0].text
+
+
+def test_buckets_and_class_pictures_are_refused_together() -> None:
+    options = DreamBoothSettings(prior="images", class_prompt="a dog")
+    (problem,) = dreambooth.check(options, DataSettings(images="p", buckets=True), [])
+    assert problem.error and 'prior = "prediction"' in problem.text
+
+
+def test_a_plan_that_is_only_looked_at_draws_nothing() -> None:
+    plan, _ = make_plan(SETTINGS, method="dreambooth", options={"prior": "images", **CLASS}, draw=None)
+    assert "class pictures" not in plan.facts and plan.facts["prior"] == "images"

@@ -1,0 +1,87 @@
+"""Every adapter family through a whole run: it trains, saves, is proven, resumes, and acts in a fresh pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import scumble
+from scumble.adapters import FAMILIES
+from scumble.errors import ConfigError, ResumeError
+from scumble.formats import read
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base on disk, and four captioned pictures."""
+    from PIL import Image
+
+    from scumble.models.tiny import save
+
+    folder = tmp_path_factory.mktemp("world")
+    save("sd1", folder / "base")
+    (folder / "pictures").mkdir()
+    lines = []
+    for number in range(4):
+        Image.new("RGB", (16, 16), (60 * number, 200, 90)).save(folder / f"pictures/{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"colour number {number}"}))
+    (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def settings(world: Path, output: Path, family: str, **train: Any) -> dict[str, Any]:
+    return {
+        "base": str(world / "base"),
+        "data": {"images": str(world / "pictures")},
+        "output": output,
+        "adapter": {"family": family, "targets": ["attention", "conv"]},
+        "train": {"steps": 4, "batch": 2, "optimizer": {"learning_rate": 0.01}, **train},
+        "quiet": True,
+    }
+
+
+QUICK = "lokr"
+"""The family that stands for all in the quick tests."""
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f == QUICK else pytest.mark.slow) for f in FAMILIES]
+)
+def test_it_trains_is_proven_and_resumes_to_the_same_file(world: Path, tmp_path: Path, family: str) -> None:
+    whole = scumble.train(**settings(world, tmp_path / "whole", family))
+    assert (whole.reason, whole.step) == ("complete", 4) and whole.difference is not None
+    assert whole.difference <= 1e-5  # a fresh base with the file on disk, against the live model
+    found = read(whole.adapter)
+    state, card = found.state, (tmp_path / "whole" / "README.md").read_text()
+    way = "scumble.load_adapter(" if found.dialect == "lycoris" else "pipeline.load_lora_weights("
+    assert way in card
+    assert {layer.family for layer in state.layers.values()} == {family}
+    half = settings(world, tmp_path / "half", family, checkpoint_every=2)
+    scumble.train(**half | {"train": half["train"] | {"steps": 2, "schedule": {"name": "constant"}}})
+    resumed = scumble.train(
+        tmp_path / "half" / "run.toml", "train.steps=4", resume="latest", accept_changes=True, quiet=True
+    )
+    assert resumed.step == 4 and read(resumed.adapter).state.equal(state)
+
+
+def test_another_family_is_no_continuation(world: Path, tmp_path: Path) -> None:
+    scumble.train(**settings(world, tmp_path / "run", "lora", steps=2, checkpoint_every=2))
+    with pytest.raises(ResumeError, match="family"):
+        scumble.train(
+            tmp_path / "run" / "run.toml",
+            "adapter.family=dora",
+            "train.steps=4",
+            resume="latest",
+            quiet=True,
+        )
+
+
+def test_a_dialect_that_cannot_hold_the_family_is_refused_before_training(
+    world: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"save\.dialect.*loha.*lycoris"):
+        scumble.train(**settings(world, tmp_path / "run", "loha", steps=2), save__dialect="diffusers")
+    assert not (tmp_path / "run" / "checkpoint-000002").exists()

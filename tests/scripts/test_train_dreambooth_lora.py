@@ -1,0 +1,323 @@
+"""The DreamBooth command people already have: each flag becomes what it should, and the whole of it runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from scumble.runs.config import RunConfig
+from scumble.runs.load import assemble
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train_dreambooth_lora.py"
+
+#: every flag of diffusers 0.42's script with its default; `...` for a required one
+THEIRS: dict[str, Any] = {
+    "pretrained_model_name_or_path": ...,
+    "revision": None,
+    "variant": None,
+    "tokenizer_name": None,
+    "instance_data_dir": ...,
+    "class_data_dir": None,
+    "instance_prompt": ...,
+    "class_prompt": None,
+    "validation_prompt": None,
+    "num_validation_images": 4,
+    "validation_epochs": 50,
+    "with_prior_preservation": False,
+    "prior_loss_weight": 1.0,
+    "num_class_images": 100,
+    "output_dir": "lora-dreambooth-model",
+    "seed": None,
+    "resolution": 512,
+    "center_crop": False,
+    "train_text_encoder": False,
+    "train_batch_size": 4,
+    "sample_batch_size": 4,
+    "num_train_epochs": 1,
+    "max_train_steps": None,
+    "checkpointing_steps": 500,
+    "checkpoints_total_limit": None,
+    "resume_from_checkpoint": None,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+    "learning_rate": 5e-4,
+    "scale_lr": False,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 500,
+    "lr_num_cycles": 1,
+    "lr_power": 1.0,
+    "dataloader_num_workers": 0,
+    "use_8bit_adam": False,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_weight_decay": 1e-2,
+    "adam_epsilon": 1e-08,
+    "max_grad_norm": 1.0,
+    "push_to_hub": False,
+    "hub_token": None,
+    "hub_model_id": None,
+    "logging_dir": "logs",
+    "allow_tf32": False,
+    "report_to": "tensorboard",
+    "mixed_precision": None,
+    "prior_generation_precision": None,
+    "local_rank": -1,
+    "enable_xformers_memory_efficient_attention": False,
+    "pre_compute_text_embeddings": False,
+    "tokenizer_max_length": None,
+    "text_encoder_use_attention_mask": False,
+    "validation_images": None,
+    "class_labels_conditioning": None,
+    "rank": 4,
+    "lora_dropout": 0.0,
+    "image_interpolation_mode": "lanczos",
+}
+REQUIRED = (
+    "--pretrained_model_name_or_path=base",
+    "--instance_data_dir=dog",
+    "--instance_prompt=a photo of sks dog",
+)
+PRIOR = ("--with_prior_preservation", "--class_data_dir=dogs", "--class_prompt=a dog")
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_dreambooth_lora", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script()
+
+
+def config(*flags: str, **world: Any) -> RunConfig:
+    """What a command line means; 20 pictures unless said otherwise."""
+    given = script.parser().parse_args([*REQUIRED, *flags])
+    return assemble(RunConfig, script.translate(given, script.World(**{"count": lambda data: 20, **world})))
+
+
+def at(settings: RunConfig, path: str) -> Any:
+    value: Any = settings
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def test_the_flags_are_theirs_with_their_defaults() -> None:
+    mine = {
+        flag.name: ... if flag.required else (False if flag.type is None else flag.default)
+        for flag in script.FLAGS
+    }
+    assert mine == THEIRS
+    assert len({flag.name for flag in script.FLAGS}) == len(script.FLAGS)
+    given = script.parser().parse_args([*REQUIRED])
+    assert given.__dict__ == {**THEIRS, **{key: getattr(given, key) for key, v in THEIRS.items() if v is ...}}
+
+
+ROWS: list[tuple[str, str, Any]] = [
+    ("--pretrained_model_name_or_path=owner/base", "base", "owner/base"),
+    ("--revision=fp16", "revision", "fp16"),
+    ("--variant=fp16", "variant", "fp16"),
+    ("", "method", "dreambooth"),
+    ("--instance_data_dir=cat", "data.images", "cat"),
+    ("--instance_prompt=cat", "dreambooth.instance_prompt", "cat"),
+    ("--instance_prompt=cat", "pictures.caption", "cat"),
+    ("", "dreambooth.prior", "none"),
+    ("--validation_prompt=sks", "preview.prompts", ("sks",)),
+    ("--validation_prompt=sks", "preview.count", 4),
+    ("--validation_prompt=sks", "preview.steps", 25),
+    ("--validation_prompt=sks --seed=7", "preview.seed", 7),
+    ("--validation_prompt=sks --num_validation_images=2", "preview.count", 2),
+    ("--validation_prompt=sks --validation_epochs=3", "train.preview_every", 15),
+    ("--num_validation_images=2", "preview.prompts", ()),
+    ("--output_dir=out", "output", Path("out")),
+    ("", "output", Path("lora-dreambooth-model")),
+    ("--seed=1337", "train.seed", 1337),
+    ("--resolution=256", "data.resolution", 256),
+    ("", "data.resolution", 512),
+    ("--center_crop", "data.center_crop", True),
+    ("", "data.center_crop", False),
+    ("--train_text_encoder", "dreambooth.train_text_encoder", True),
+    ("", "dreambooth.train_text_encoder", False),
+    ("--train_batch_size=3", "train.batch", 3),
+    ("--num_train_epochs=5", "train.steps", 25),
+    ("", "train.steps", 5),
+    ("--num_train_epochs=5 --max_train_steps=15000", "train.steps", 15000),
+    ("--checkpointing_steps=100", "train.checkpoint_every", 100),
+    ("--checkpoints_total_limit=2", "train.checkpoint_limit", 2),
+    ("--gradient_accumulation_steps=4", "train.accumulate", 4),
+    ("--gradient_checkpointing", "train.gradient_checkpointing", True),
+    ("--learning_rate=1e-05", "train.optimizer.learning_rate", 1e-5),
+    ("", "train.optimizer.learning_rate", 5e-4),
+    ("--scale_lr --learning_rate=1e-05", "train.optimizer.learning_rate", 4e-5),
+    ("--lr_scheduler=cosine", "train.schedule.name", "cosine"),
+    ("--lr_scheduler=cosine --lr_warmup_steps=9", "train.schedule.warmup_steps", 9),
+    ("", "train.schedule.warmup_steps", 0),
+    ("--lr_scheduler=cosine_with_restarts --lr_num_cycles=3", "train.schedule.cycles", 3),
+    ("--lr_scheduler=polynomial --lr_power=2", "train.schedule.power", 2.0),
+    ("--dataloader_num_workers=8", "data.workers", 8),
+    ("--use_8bit_adam", "train.optimizer.name", "adamw8bit"),
+    ("--adam_beta1=0.8", "train.optimizer.betas", (0.8, 0.999)),
+    ("--adam_beta2=0.99", "train.optimizer.betas", (0.9, 0.99)),
+    ("--adam_weight_decay=0.1", "train.optimizer.weight_decay", 0.1),
+    ("--adam_epsilon=1e-6", "train.optimizer.epsilon", 1e-6),
+    ("--max_grad_norm=0", "train.max_grad_norm", None),
+    ("--push_to_hub --hub_model_id=me/fox", "hub.id", "me/fox"),
+    ("--push_to_hub", "hub.push", True),
+    ("--allow_tf32", "train.tf32", True),
+    ("--report_to=none", "trackers", ()),
+    ("--mixed_precision=bf16", "train.precision", "bf16"),
+    ("--rank=16", "adapter.rank", 16),
+    ("--rank=16", "adapter.alpha", None),
+    ("--lora_dropout=0.1", "adapter.dropout", 0.1),
+    ("", "adapter.targets", "attention"),
+    ("--image_interpolation_mode=bicubic", "data.interpolation", "bicubic"),
+    ("--tokenizer_name=base", "base", "base"),
+    ("--tokenizer_max_length=77", "base", "base"),
+    ("--pre_compute_text_embeddings", "dreambooth.train_text_encoder", False),
+]  # fmt: skip
+WITH_PRIOR: list[tuple[str, str, Any]] = [
+    ("--with_prior_preservation", "dreambooth.prior", "images"),
+    ("--class_data_dir=cats", "dreambooth.class_images", "cats"),
+    ("--class_prompt=cat", "dreambooth.class_prompt", "cat"),
+    ("", "dreambooth.class_count", 100),
+    ("--num_class_images=7", "dreambooth.class_count", 7),
+    ("--prior_loss_weight=0.5", "dreambooth.prior_weight", 0.5),
+    ("--sample_batch_size=9", "dreambooth.class_batch", 9),
+    ("", "dreambooth.class_steps", 50),
+    ("", "train.steps", 25),  # an epoch is as long as the larger set, here the 100 class pictures
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "path", "value"), ROWS)
+def test_a_flag_becomes_its_setting(flags: str, path: str, value: Any) -> None:
+    found = at(config(*flags.split()), path)
+    assert found == pytest.approx(value) if isinstance(value, float) else found == value
+
+
+@pytest.mark.parametrize(("flags", "path", "value"), WITH_PRIOR)
+def test_a_flag_of_the_prior_becomes_its_setting(flags: str, path: str, value: Any) -> None:
+    assert at(config(*PRIOR, *flags.split()), path) == value
+
+
+#: flags that are no setting: what becomes of them is tested below or in a run
+ELSEWHERE = {"hub_token", "logging_dir", "local_rank", "resume_from_checkpoint", "prior_generation_precision"}
+ELSEWHERE |= {"enable_xformers_memory_efficient_attention", "text_encoder_use_attention_mask"}
+ELSEWHERE |= {"validation_images", "class_labels_conditioning"}
+
+
+def test_every_flag_has_a_row() -> None:
+    rows = [*ROWS, *WITH_PRIOR]
+    tested = {part.split("=")[0].removeprefix("--") for flags, _, _ in rows for part in flags.split()}
+    assert tested | ELSEWHERE == set(THEIRS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--with_prior_preservation"], "--class_data_dir"),
+        (["--with_prior_preservation", "--class_data_dir=x"], "--class_prompt"),
+        (["--train_text_encoder", "--pre_compute_text_embeddings"], "one of them"),
+        (["--tokenizer_name=other"], "other tokens"),
+        (["--tokenizer_max_length=50"], "77 tokens"),
+        (["--text_encoder_use_attention_mask"], "--text_encoder_use_attention_mask can't.*padding"),
+        (["--validation_images", "a.png", "b.png"], "from a prompt"),
+        (["--class_labels_conditioning=timesteps"], "=timesteps can't be honoured"),
+        (["--report_to=comet_ml"], "not supported"),
+        (["--report_to=wandb", "--hub_token=secret"], "hf auth login"),
+    ],
+)
+def test_what_can_not_be_honoured_is_refused(flags: list[str], message: str) -> None:
+    given = script.parser().parse_args([*REQUIRED, *flags])
+    with pytest.raises(script.Refused, match=message):
+        script.translate(given, script.World(count=lambda data: 20))
+
+
+def test_notes_say_what_is_otherwise() -> None:
+    flags = ["--class_data_dir=x", "--class_prompt=y", "--enable_xformers_memory_efficient_attention"]
+    notes = script.COMMAND.notes(script.parser().parse_args([*REQUIRED, *flags]))
+    assert len(notes) == 3 and all("without --with_prior_preservation" in note for note in notes[:2])
+    assert "scaled_dot_product_attention" in notes[2]
+    notes = script.COMMAND.notes(
+        script.parser().parse_args([*REQUIRED, *PRIOR, "--prior_generation_precision=fp16"])
+    )
+    assert len(notes) == 1 and "precision that it is trained in" in notes[0]
+
+
+# -- whole runs, as a command ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base on disk, and three pictures."""
+    from PIL import Image
+
+    from scumble.models.tiny import save
+
+    folder = tmp_path_factory.mktemp("world")
+    save("sd1", folder / "base")
+    (folder / "dog").mkdir()
+    for number in range(3):
+        picture = Image.new("RGB", (20 + number, 18), (40 * number, 200 - 30 * number, 90))
+        picture.save(folder / f"dog/{number}.png")
+    return folder
+
+
+def launch(world: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        f"--pretrained_model_name_or_path={world / 'base'}",
+        f"--instance_data_dir={world / 'dog'}",
+        "--instance_prompt=a photo of sks dog",
+        "--resolution=16",
+        "--train_batch_size=2",
+        "--seed=1337",
+        *flags,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(SCRIPT.parents[1] / "src")
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=world, check=False)
+
+
+@pytest.mark.slow
+def test_the_whole_command_runs_and_resumes(world: Path) -> None:
+    out = world / "out"
+    flags = [
+        "--output_dir=out",
+        "--with_prior_preservation",
+        "--class_data_dir=dogs",
+        "--class_prompt=a dog",
+        "--num_class_images=3",
+        "--sample_batch_size=2",
+        "--train_text_encoder",
+        "--checkpointing_steps=2",
+        "--validation_prompt=sks dog",
+        "--num_validation_images=1",
+        "--report_to=none",
+        "--max_train_steps=4",
+    ]
+    done = launch(world, *flags)
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in out.iterdir()}
+    assert {"pytorch_lora_weights.safetensors", "README.md", "checkpoint-2", "checkpoint-4"} <= names
+    assert len(list((world / "dogs").glob("*.png"))) == 3, "class pictures are drawn into their folder"
+    from safetensors import safe_open
+
+    with safe_open(out / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        assert {name.split(".")[0] for name in file.keys()} == {"unet", "text_encoder"}  # noqa: SIM118
+    weights = (out / "pytorch_lora_weights.safetensors").read_bytes()
+    for path in (out / "checkpoint-4", out / "pytorch_lora_weights.safetensors"):
+        path.rename(world / path.name)
+    more = launch(world, *flags, "--resume_from_checkpoint=latest")
+    assert more.returncode == 0, more.stderr
+    assert (out / "pytorch_lora_weights.safetensors").read_bytes() == weights

@@ -243,7 +243,8 @@ def report(
     }
     path = (
         options.output
-        or RESULTS / f"training_step-{options.shape}-{options.dtype}-{size}-b{options.batch}-{options.device}.json"
+        or RESULTS
+        / f"training_step-{options.shape}-{options.dtype}-{size}-b{options.batch}-{options.device}.json"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")

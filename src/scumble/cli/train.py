@@ -174,7 +174,8 @@ def show_plan(config: RunConfig) -> None:
     check_precision(dtype_named(config.train.precision), device)
     with progress("checking", quiet=False) as told:
         _, report = check_data(config, progress=told)
-    say_data(report, lambda text: typer.echo(text, err=True))
+    if report is not None:
+        say_data(report, lambda text: typer.echo(text, err=True))
     built = build(config, device=device)
     table = Table(show_header=False, box=None)
     for name, value in built.plan.facts.items():

@@ -382,7 +382,8 @@ def _pieces(file: TensorFile) -> list[bytes | memoryview]:
         tensor = file.tensors[name]
         if tensor.dtype not in _NAMES:
             raise FormatError(f"Tensor {name!r} has dtype {tensor.dtype}, which safetensors can't hold.")
-        content = memoryview(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy())
+        numbers: Any = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+        content = memoryview(numbers)
         header[name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),

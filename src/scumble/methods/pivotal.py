@@ -125,6 +125,7 @@ class Pivotal:
             False
         )  # what embeds captions once must not drop anything; the loop switches what trains
         base.train_memory(checkpointing=train.gradient_checkpointing)
+        assert ingredients.batches is not None  # needs_pictures
         metadata = describe(ingredients)
         groups = trainables(adapter, ingredients.learning_rates)
         words_alone = tuple(replace(group, learning_rate=None) for group in groups if group.name == TOKENS)

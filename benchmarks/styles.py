@@ -40,6 +40,9 @@ def main() -> None:
     asked = held_out_scenes(arguments.prompts)
     results: dict[str, object] = {}
     rows, labels = [], []
+    # the base's own content score: the same prompts without a style's name
+    with Session("picturebook") as session:
+        plain = oracle.judge(draw_all(session, asked, "plain"), asked)
     for style in arguments.styles:
         result = teach(style, out / style, overwrite=True)
         with Session("picturebook") as session:
@@ -51,9 +54,6 @@ def main() -> None:
             )
             silent = np.array_equal(np.asarray(session.generate(off)[0].image), np.asarray(base[0]))
         before, after = oracle.judge(base, asked, style), oracle.judge(taught, asked, style)
-        # the base's own content score: the same prompts without the style's name
-        with Session("picturebook") as session:
-            plain = oracle.judge(draw_all(session, asked, "plain"), asked)
         results[style] = {
             "base": asdict(before),
             "lora": asdict(after),

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 SETTINGS: dict[str, Any] = {
     "base": "picturebook",
-    "adapter": {"rank": 16, "targets": "attention+mlp"},
+    "adapter": {"rank": 16, "targets": "attention+conv"},
     "data": {"held_out": 4},
     "train": {
-        "steps": 700,
+        "steps": 1200,
         "batch": 8,
-        "held_out_every": 350,
-        "preview_every": 350,
-        "checkpoint_every": 350,
+        "held_out_every": 400,
+        "preview_every": 400,
+        "checkpoint_every": 400,
         "checkpoint_limit": 1,
         "optimizer": {"learning_rate": 3e-3},
         "schedule": {"name": "cosine", "warmup_steps": 20},

@@ -79,7 +79,9 @@ class Recipe:
     vae_batch: int = 8
     vae_rate: float = 1e-3
     kl_weight: float = 1e-4
-    unet_steps: int = 8_700
+    unet_steps: int = 12_000
+    place_steps: int = 3_300
+    """The last of `unet_steps`, in which half of every batch is almost all noise: there it is decided what goes where."""
     unet_batch: int = 32
     unet_rate: float = 8e-4
     unet_decay: float = 0.28
@@ -509,22 +511,25 @@ class TextAndImage(nn.Module):
         return self.unet(noisy, t, self.text_encoder(tokens).last_hidden_state).sample
 
 
-def noise_levels(count: int, generator: torch.Generator) -> Tensor:
+def noise_levels(count: int, generator: torch.Generator, *, places: bool = False) -> Tensor:
     """Where in [0, 1) to train, (count,): spread evenly over a batch, so that its loss is less noisy.
 
     Six in ten lie where small latents take their shape, in 0.2 to 0.85; at the ends there is little left to learn.
+    With `places`, every second one lies in 0.8 to 1 instead: a sampler decides there what goes where, from the words
+    alone, and 16 x 16 latents show it to a network only in one level out of sixteen otherwise.
     """
     even = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    return torch.where(even < 0.6, 0.2 + 0.65 * even / 0.6, (even - 0.6) / 0.4)
+    levels = torch.where(even < 0.6, 0.2 + 0.65 * even / 0.6, (even - 0.6) / 0.4)
+    return torch.where(torch.arange(count) % 2 == 1, 0.8 + 0.2 * even, levels) if places else levels
 
 
-def shape_weight(snr: Tensor, gamma: float) -> Tensor:
+def shape_weight(snr: Tensor, gamma: float, most: float = 20.0) -> Tensor:
     """Weight of the squared error in the noise, (B,): as if the velocity were predicted (Salimans & Ho, 2022), at most
-    20, and damped by gamma / snr where little noise is left (Hang et al., 2023).
+    `most`, and damped by gamma / snr where little noise is left (Hang et al., 2023).
 
     The plain error in the noise is dominated by fine detail; this one asks for the shape of things first.
     """
-    return ((snr + 1) / snr).clamp(max=20.0) * (gamma / snr).clamp(max=1.0)
+    return ((snr + 1) / snr).clamp(max=most) * (gamma / snr).clamp(max=1.0)
 
 
 def train_unet(work: Path, settings: Recipe, log: Callable[[str], None]) -> None:
@@ -562,12 +567,13 @@ def train_unet(work: Path, settings: Recipe, log: Callable[[str], None]) -> None
         generator = streams.generator("unet-noise", step)
         clean = latents[chosen]
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        t = prediction.from_uniform(noise_levels(len(chosen), generator)).to(device)
+        places = step >= settings.unet_steps - settings.place_steps
+        t = prediction.from_uniform(noise_levels(len(chosen), generator, places=places)).to(device)
         for group in optimizer.param_groups:
             group["lr"] = settings.unet_rate * rate_at(step, settings.unet_steps, settings.unet_decay)
         with autocast:
             out = model(prediction.noisy(clean, noise, t), t, tokens)
-        weight = shape_weight(prediction.snr(t), settings.snr_gamma)
+        weight = shape_weight(prediction.snr(t), settings.snr_gamma, most=60.0 if places else 20.0)
         loss = (weight * (out.float() - noise).square().mean(dim=(1, 2, 3))).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -2,6 +2,7 @@
 
     python benchmarks/methods.py                                         # one small row of each method
     python benchmarks/methods.py --subjects 5 --seeds 3 --steps 400      # the whole table; hours on a CPU
+    ... --shard 0/2 & ... --shard 1/2      # with OMP_NUM_THREADS=1: two processes fill one table on two cores
 
 Every subject is taught from its five pictures on the embedded base. All methods are told the same: the pictures, and
 captions that say what each shows and call the subject "zorbik creature"; where a word is learned, it is "zorbik". Each
@@ -12,7 +13,9 @@ again; the table goes to `benchmarks/results/methods.md`.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -193,32 +196,53 @@ def main() -> None:
         "--unrelated", type=int, default=12, help="unrelated prompts; the product's own is 50"
     )
     parser.add_argument("--denoising-steps", type=int, default=25)
+    parser.add_argument("--shard", default="0/1", help="K/N: every N-th row, from the K-th, in this process")
     parser.add_argument("--out", type=Path, default=None, help="keep runs and pages here")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "methods.json")
     arguments = parser.parse_args()
     out = arguments.out or Path(tempfile.mkdtemp(prefix="scumble-methods-"))
     asked = {name: getattr(arguments, name) for name in ("steps", "pictures", "unrelated", "denoising_steps")}
-    report: dict[str, Any] = {"asked": asked, "machine": machine(), "rows": []}
-    if arguments.json.exists():
-        before = json.loads(arguments.json.read_text())
-        if before["asked"] == asked:
-            report["rows"] = before["rows"]
-        else:
-            print(f"{arguments.json} was made with {before['asked']}; it is begun anew.", flush=True)
-    done = {(row["subject"], row["method"], row["seed"]) for row in report["rows"]}
-    for seed in range(arguments.seeds):
-        for subject in SUBJECTS[: arguments.subjects]:
-            for method in arguments.methods:
-                if (subject, method, seed) in done:
-                    continue
-                row = row_of(method, subject, seed, arguments, out)
-                report["rows"].append(row)
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-                arguments.json.with_suffix(".md").write_text(table(report["rows"]))
-                said = ", ".join(f"{key} {row[key]:.2f}" for key in COLUMNS if row[key] is not None)
-                print(f"{subject}, {method}, seed {seed}: {said}", flush=True)
-    print(table(report["rows"]))
+    share, shares = (int(part) for part in arguments.shard.split("/"))
+    wanted = [
+        (subject, method, seed)
+        for seed in range(arguments.seeds)
+        for subject in SUBJECTS[: arguments.subjects]
+        for method in arguments.methods
+    ]
+    done = {(row["subject"], row["method"], row["seed"]) for row in rows_in(arguments.json, asked)}
+    for subject, method, seed in wanted[share::shares]:
+        if (subject, method, seed) in done:
+            continue
+        row = row_of(method, subject, seed, arguments, out)
+        add(row, arguments.json, asked)
+        said = ", ".join(f"{key} {row[key]:.2f}" for key in COLUMNS if row[key] is not None)
+        print(f"{subject}, {method}, seed {seed}: {said}", flush=True)
+    print(table(rows_in(arguments.json, asked)))
+
+
+def rows_in(file: Path, asked: Mapping[str, int]) -> list[dict[str, Any]]:
+    """The rows measured so far; none where they were measured with other numbers."""
+    if not file.exists():
+        return []
+    before = json.loads(file.read_text())
+    if before["asked"] != asked:
+        print(f"{file} was made with {before['asked']}; it is begun anew.", flush=True)
+        return []
+    return list(before["rows"])
+
+
+def add(row: dict[str, Any], file: Path, asked: Mapping[str, int]) -> None:
+    """Write a row beside those that are there; another process may be doing the same."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        rows = [*rows_in(file, asked), row]
+        rows.sort(key=lambda r: (r["seed"], SUBJECTS.index(r["subject"]), METHODS.index(r["method"])))
+        file.write_text(json.dumps({"asked": asked, "machine": machine(), "rows": rows}, indent=1) + "\n")
+        file.with_suffix(".md").write_text(table(rows))
+    finally:
+        os.close(folder)
 
 
 if __name__ == "__main__":

@@ -45,19 +45,20 @@ def main() -> None:
     results: dict[str, object] = {}
     rows, labels = [], []
     # the base's own content score: the same prompts without a style's name
-    with Session("picturebook") as session:
+    with Session("picturebook", batch_size=20) as session:
         plain = oracle.judge(draw_all(session, asked, "plain"), asked)
     for style in arguments.styles:
         adapter, seconds = finished(out / style / "run") if arguments.reuse else (None, 0.0)
         if adapter is None:
             result = teach(style, out / style, overwrite=True)
             adapter, seconds = result.adapter, result.seconds
-        with Session("picturebook") as session:
+        with Session("picturebook", batch_size=20) as session:
             base = draw_all(session, asked, style)
-        with Session("picturebook", [adapter]) as session:
+            alone = session.generate(Request(prompt=prompt(asked[0], style)))[0].image
+        with Session("picturebook", [adapter], batch_size=20) as session:
             taught = draw_all(session, asked, style)
             off = Request(prompt=prompt(asked[0], style), adapters=(AdapterUse(path=adapter, strength=0.0),))
-            silent = np.array_equal(np.asarray(session.generate(off)[0].image), np.asarray(base[0]))
+            silent = np.array_equal(np.asarray(session.generate(off)[0].image), np.asarray(alone))
         before, after = oracle.judge(base, asked, style), oracle.judge(taught, asked, style)
         results[style] = {
             "base": asdict(before),

@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ class World:
     """How many pictures the data settings give; asked only where epochs have to become steps."""
     installed: Callable[[str], bool] = lambda name: True
     """Whether a package is installed; asked only for `--report_to all`."""
+    guided: Callable[[argparse.Namespace], bool] = lambda flags: True
+    """Whether the base's denoiser is told a guidance; asked only where there is a flag for it."""
 
 
 class Refused(Exception):
@@ -38,6 +40,9 @@ class Refused(Exception):
 
 Becomes = Callable[[Any, argparse.Namespace, World], Values]
 """(value, all flags, world) -> settings."""
+
+Epochs = Callable[[float, argparse.Namespace, World], int]
+"""(epochs, all flags, world) -> optimizer steps."""
 
 
 @dataclass(frozen=True)
@@ -143,11 +148,18 @@ class Command:
             settings = DataSettings(**{name.removeprefix("data."): value for name, value in data.items()})  # type: ignore[arg-type]
             return sum(record.repeats for record in open_dataset(settings, seed=flags.seed or 0).records)
 
+        def guided(flags: argparse.Namespace) -> bool:
+            from scumble.models.loading import describe_base
+
+            base = flags.pretrained_model_name_or_path
+            return describe_base(base, revision=flags.revision, variant=flags.variant).guided
+
         world = World(
             processes=int(os.environ.get("WORLD_SIZE", 1)),
             environment=os.environ,
             count=count,
             installed=lambda name: find_spec(name) is not None,
+            guided=guided,
         )
         try:
             from scumble.runs.config import RunConfig
@@ -216,6 +228,20 @@ def in_steps(epochs: float, pictures: int, flags: argparse.Namespace, world: Wor
 
     return steps_for_epochs(
         epochs, pictures, flags.train_batch_size, flags.gradient_accumulation_steps, world.processes
+    )
+
+
+def steps(count: Epochs) -> Becomes:
+    """The steps, else those of `--num_train_epochs`."""
+    return lambda value, flags, world: {
+        "train.steps": value if value is not None else count(flags.num_train_epochs, flags, world)
+    }
+
+
+def preview_every(count: Epochs) -> Becomes:
+    """How many steps lie between previews, told in epochs; none without a prompt."""
+    return lambda value, flags, world: (
+        {} if flags.validation_prompt is None else {"train.preview_every": count(value, flags, world)}
     )
 
 
@@ -290,6 +316,25 @@ def beta(index: int) -> Becomes:
     return both if index == 1 else nothing
 
 
+def changed(
+    rows: Sequence[Flag],
+    *,
+    without: Sequence[str] = (),
+    defaults: Mapping[str, Any] = {},
+    becomes: Mapping[str, Becomes] = {},
+) -> tuple[Flag, ...]:
+    """The rows for a command that lacks some, and has other defaults or meanings for some."""
+    return tuple(
+        replace(
+            row,
+            default=defaults.get(row.name, row.default),
+            becomes=becomes.get(row.name, row.becomes),
+        )
+        for row in rows
+        if row.name not in without
+    )
+
+
 # -- rows that all commands have -----------------------------------------------------------------------------
 
 
@@ -307,7 +352,7 @@ def base_flags() -> tuple[Flag, ...]:
     )
 
 
-def run_flags(*, output: str, batch: int, rate: float, epochs: int, steps: Becomes) -> tuple[Flag, ...]:
+def run_flags(*, output: str, batch: int, rate: float, epochs: int, count: Epochs) -> tuple[Flag, ...]:
     """How it is trained and where the result goes, with the defaults that differ between commands."""
     return (
         Flag("output_dir", "Folder of the run.", "output", default=output),
@@ -328,7 +373,7 @@ def run_flags(*, output: str, batch: int, rate: float, epochs: int, steps: Becom
             int,
             epochs,
         ),
-        Flag("max_train_steps", "Optimizer steps.", steps, int),
+        Flag("max_train_steps", "Optimizer steps.", steps(count), int),
         Flag("gradient_accumulation_steps", "Forward passes per optimizer step.", "train.accumulate", int, 1),
         Flag(
             "gradient_checkpointing",

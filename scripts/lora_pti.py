@@ -27,14 +27,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # already there when this file is run, not when it is imported
 
 from flags import Becomes, Command, Flag, Refused, Values, World, nothing, only
-
-if TYPE_CHECKING:
-    from scumble.runs.load import Given
 
 LAYERS = {
     "CrossAttention": "attention",
@@ -183,13 +180,12 @@ FLAGS: tuple[Flag, ...] = (
     Flag("use_template", "object, style or person; unset takes the captions.", template, none_or_text),
     switch(
         "train_inpainting",
-        "Refused: an inpainting base is known by itself.",
-        only(
-            False,
-            "whether a base is for inpainting is seen from the base itself. Leave it out.",
-            "train_inpainting",
-        ),
+        "Accepted. An inpainting base is known by itself.",
+        nothing,
         False,
+        note=lambda value, flags: (
+            "--train_inpainting: whether a base fills holes is seen from the base itself." if value else ""
+        ),
     ),
     Flag("placeholder_tokens", 'The new words, e.g. "<s1>|<s2>".', words, default=""),
     refused(
@@ -368,14 +364,7 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
     return found
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags as argparse takes them."""
-    return COMMAND.parser()
-
-
-def translate(flags: argparse.Namespace, world: World) -> list[Given]:
-    """Every flag's settings; see `Command.translate`."""
-    return COMMAND.translate(flags, world)
+parser, translate = COMMAND.parser, COMMAND.translate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

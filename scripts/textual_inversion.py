@@ -20,9 +20,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent))  # already there when this file is run, not when it is imported
 
@@ -43,9 +42,6 @@ from flags import (
     run_flags,
 )
 
-if TYPE_CHECKING:
-    from scumble.runs.load import Given
-
 
 def pictures(value: str, flags: argparse.Namespace, world: World) -> Values:
     """The folder, how that command shows its pictures (mirrored at half of the visits), and no limit on the
@@ -63,10 +59,6 @@ def learns(value: str, flags: argparse.Namespace, world: World) -> Values:
 def _epochs(epochs: float, flags: argparse.Namespace, world: World) -> int:
     data = {**COMMAND.data(flags, world), "data.images": flags.train_data_dir, "data.caption": ""}
     return in_steps(epochs, world.count(data), flags, world)
-
-
-def steps(value: int | None, flags: argparse.Namespace, world: World) -> Values:
-    return {"train.steps": value if value is not None else _epochs(flags.num_train_epochs, flags, world)}
 
 
 def checkpoint_every(value: int, flags: argparse.Namespace, world: World) -> Values:
@@ -130,30 +122,14 @@ FLAGS: tuple[Flag, ...] = (
     Flag("lr_num_cycles", "Falls of cosine_with_restarts.", "train.schedule.cycles", int, 1),
     Flag("checkpointing_steps", "Steps between checkpoints.", checkpoint_every, int, 500),
     *(
-        Flag("max_train_steps", "Optimizer steps.", steps, int, 5000)
-        if flag.name == "max_train_steps"
-        else flag
-        for flag in run_flags(output="text-inversion-model", batch=16, rate=1e-4, epochs=100, steps=steps)
+        replace(flag, default=5000) if flag.name == "max_train_steps" else flag
+        for flag in run_flags(output="text-inversion-model", batch=16, rate=1e-4, epochs=100, count=_epochs)
         if flag.name not in ELSEWHERE
     ),
 )
 COMMAND = Command("Teach Stable Diffusion a new word: textual inversion.", FLAGS, method="textual-inversion")
 
-
-def parser() -> argparse.ArgumentParser:
-    """The flags as argparse takes them."""
-    return COMMAND.parser()
-
-
-def translate(flags: argparse.Namespace, world: World) -> list[Given]:
-    """Every flag's settings; see `Command.translate`."""
-    return COMMAND.translate(flags, world)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; returns the exit code."""
-    return COMMAND.run(arguments)
-
+parser, translate, main = COMMAND.parser, COMMAND.translate, COMMAND.run
 
 __all__ = ["COMMAND", "FLAGS", "Refused", "World", "main", "parser", "resume", "translate"]
 

@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # already there when this file is run, not when it is imported
 
@@ -41,13 +40,11 @@ from flags import (
     only,
     only_with_prompt,
     own_tokenizer,
+    preview_every,
     preview_prompt,
     resume,
     run_flags,
 )
-
-if TYPE_CHECKING:
-    from scumble.runs.load import Given
 
 
 def prior(value: bool, flags: argparse.Namespace, world: World) -> Values:
@@ -78,14 +75,6 @@ def _epochs(epochs: float, flags: argparse.Namespace, world: World) -> int:
     if flags.with_prior_preservation:
         pictures = max(pictures, flags.num_class_images)
     return in_steps(epochs, pictures, flags, world)
-
-
-def steps(value: int | None, flags: argparse.Namespace, world: World) -> Values:
-    return {"train.steps": value if value is not None else _epochs(flags.num_train_epochs, flags, world)}
-
-
-def preview_every(value: int, flags: argparse.Namespace, world: World) -> Values:
-    return {} if flags.validation_prompt is None else {"train.preview_every": _epochs(value, flags, world)}
 
 
 def text_encoder(value: bool, flags: argparse.Namespace, world: World) -> Values:
@@ -130,7 +119,13 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag("validation_prompt", "Prompt to draw during and after training.", preview_prompt(25)),
     Flag("num_validation_images", "Pictures of it at a time.", only_with_prompt("preview.count"), int, 4),
-    Flag("validation_epochs", "Draw it every this many epochs, and at the end.", preview_every, int, 50),
+    Flag(
+        "validation_epochs",
+        "Draw it every this many epochs, and at the end.",
+        preview_every(_epochs),
+        int,
+        50,
+    ),
     Flag("with_prior_preservation", "Train class pictures beside the subject's.", prior, None, False),
     Flag(
         "prior_loss_weight",
@@ -207,26 +202,12 @@ FLAGS: tuple[Flag, ...] = (
         ),
     ),
     Flag("lora_dropout", "Chance that an input of the LoRA is dropped.", "adapter.dropout", float, 0.0),
-    *run_flags(output="lora-dreambooth-model", batch=4, rate=5e-4, epochs=1, steps=steps),
+    *run_flags(output="lora-dreambooth-model", batch=4, rate=5e-4, epochs=1, count=_epochs),
     *lora_flags(),
 )
 COMMAND = Command("Teach Stable Diffusion a subject: DreamBooth with a LoRA.", FLAGS, method="dreambooth")
 
-
-def parser() -> argparse.ArgumentParser:
-    """The flags as argparse takes them."""
-    return COMMAND.parser()
-
-
-def translate(flags: argparse.Namespace, world: World) -> list[Given]:
-    """Every flag's settings; see `Command.translate`."""
-    return COMMAND.translate(flags, world)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; returns the exit code."""
-    return COMMAND.run(arguments)
-
+parser, translate, main = COMMAND.parser, COMMAND.translate, COMMAND.run
 
 __all__ = ["COMMAND", "FLAGS", "Refused", "World", "main", "parser", "resume", "translate"]
 

@@ -24,9 +24,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # already there when this file is run, not when it is imported
 
@@ -41,13 +40,11 @@ from flags import (
     lora_flags,
     nothing,
     only_with_prompt,
+    preview_every,
     preview_prompt,
     resume,
     run_flags,
 )
-
-if TYPE_CHECKING:
-    from scumble.runs.load import Given
 
 
 def data_source(value: Any, flags: argparse.Namespace, world: World) -> Values:
@@ -62,14 +59,6 @@ def data_source(value: Any, flags: argparse.Namespace, world: World) -> Values:
 def _epochs(epochs: float, flags: argparse.Namespace, world: World) -> int:
     pictures = world.count({**COMMAND.data(flags, world), **data_source(None, flags, world)})
     return in_steps(epochs, pictures, flags, world)
-
-
-def steps(value: int | None, flags: argparse.Namespace, world: World) -> Values:
-    return {"train.steps": value if value is not None else _epochs(flags.num_train_epochs, flags, world)}
-
-
-def preview_every(value: int, flags: argparse.Namespace, world: World) -> Values:
-    return {} if flags.validation_prompt is None else {"train.preview_every": _epochs(value, flags, world)}
 
 
 FLAGS: tuple[Flag, ...] = (
@@ -95,7 +84,9 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag("validation_prompt", "Prompt to draw during and after training.", preview_prompt(30)),
     Flag("num_validation_images", "Pictures of it at a time.", only_with_prompt("preview.count"), int, 4),
-    Flag("validation_epochs", "Draw it every this many epochs, and at the end.", preview_every, int, 1),
+    Flag(
+        "validation_epochs", "Draw it every this many epochs, and at the end.", preview_every(_epochs), int, 1
+    ),
     Flag("max_train_samples", "Train on this many pictures only.", "data.max_samples", int),
     Flag("cache_dir", "Folder for downloaded bases and datasets.", nothing),
     Flag("random_flip", "Mirror pictures at half of the visits.", "data.random_flip", None, False),
@@ -108,26 +99,12 @@ FLAGS: tuple[Flag, ...] = (
         float,
         0,
     ),
-    *run_flags(output="sd-model-finetuned-lora", batch=16, rate=1e-4, epochs=100, steps=steps),
+    *run_flags(output="sd-model-finetuned-lora", batch=16, rate=1e-4, epochs=100, count=_epochs),
     *lora_flags(),
 )
 COMMAND = Command("Train a LoRA of Stable Diffusion on captioned pictures.", FLAGS)
 
-
-def parser() -> argparse.ArgumentParser:
-    """The flags as argparse takes them."""
-    return COMMAND.parser()
-
-
-def translate(flags: argparse.Namespace, world: World) -> list[Given]:
-    """Every flag's settings; see `Command.translate`."""
-    return COMMAND.translate(flags, world)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; returns the exit code."""
-    return COMMAND.run(arguments)
-
+parser, translate, main = COMMAND.parser, COMMAND.translate, COMMAND.run
 
 __all__ = ["COMMAND", "FLAGS", "Refused", "World", "main", "parser", "resume", "translate"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +40,34 @@ def test_entry_points_add_and_collisions_are_errors(monkeypatch: pytest.MonkeyPa
     taken: Registry[object] = Registry("base family", {"outside": "mine:Thing"})
     with pytest.raises(ConfigError, match=r"Two plug-ins.*mine:Thing and decimal:Decimal"):
         taken.names()
+
+
+def test_a_broken_plug_in_is_named_and_breaks_no_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    about = tmp_path / "their_thing-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: their-thing\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[scumble.toy]\nbroken = no.such.module:X\nabsent = decimal:Nothing\nwhole = decimal:Context\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry: Registry[object] = Registry("toy", {"decimal": "decimal:Decimal"})
+    assert registry.names() == ("absent", "broken", "decimal", "whole")
+    with pytest.raises(
+        ConfigError, match=r"toy 'broken' of the package their-thing.*No module named 'no'.*uninstall"
+    ):
+        registry.get("broken")
+    with pytest.warns(UserWarning, match="their-thing") as warned:
+        assert [name for name, _ in registry.working()] == ["decimal", "whole"]
+    assert len(warned) == 2
+    assert [name for name, _ in registry.working()] == ["decimal", "whole"]  # and says it once
+    (about / "entry_points.txt").unlink()
+    registry.refresh()
+    assert registry.names() == ("decimal",)
+    ours: Registry[object] = Registry("toy", {"missing": "no.such.module:X"})
+    with pytest.raises(ModuleNotFoundError):  # our own bugs keep their traceback
+        list(ours.working())
 
 
 def test_every_error_has_a_text_and_an_exit_code() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from scumble.cli import doctor
-from scumble.cli.doctor import OPTIONAL, TESTED, Line, findings, package_line
+from scumble.cli.doctor import OPTIONAL, TESTED, Line, base_findings, findings, package_line
 
 
 @pytest.mark.parametrize(
@@ -75,3 +75,59 @@ def test_a_check_that_breaks_is_a_failed_line(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(doctor, "_installed", broken)
     assert any(line.verdict == "failed" and "no metadata" in line.found for line in findings())
+
+
+# -- a base --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from scumble.models.tiny import save
+
+    return save("flux", tmp_path_factory.mktemp("base") / "flux")
+
+
+def test_a_base_is_described_without_its_weights(flux: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(safetensors.torch, "load_file", refuse)
+    monkeypatch.setattr("scumble.models.loading._load_part", refuse)
+    lines = {line.what: line for line in base_findings(str(flux))}
+    assert {line.verdict for line in lines.values()} == {"ok"}
+    assert lines["base"].found.endswith("is Flux.1 (flux), 16 pixels, sides in multiples of 4")
+    assert lines["prediction"].found == "flow"
+    assert {
+        "transformer",
+        "vae",
+        "text_encoder",
+        "text_encoder_2",
+        "tokenizer",
+        "tokenizer_2",
+        "scheduler",
+    } <= set(lines)
+    assert "FluxTransformer2DModel, 0.1 million parameters, F32, 0.4 MiB" in lines["transformer"].found
+    assert "rank 16" in lines["to train, least"].found and "bf16" in lines["to draw"].found
+
+
+def test_what_is_missing_is_a_failed_line(flux: Path, tmp_path: Path) -> None:
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(flux, base)
+    shutil.rmtree(base / "text_encoder_2")
+    lines = list(base_findings(str(base)))
+    failed = [line for line in lines if line.verdict == "failed"]
+    assert any("text_encoder_2/config.json" in line.found for line in failed)
+    assert not any(line.what.startswith("to ") for line in lines)
+
+
+def test_the_command_takes_a_base(flux: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from scumble.cli.main import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "--base", str(flux)])
+    assert stop.value.code == 0
+    assert "It can be drawn with and trained on." in capsys.readouterr().out

@@ -51,6 +51,10 @@ def test_a_file_is_verified_with_and_without_a_signature(
         assert code == 0 and f"good, by {signer}" in out and "signed by the key that was given" in out
     code, out, _ = run(capsys, "verify", file, "--key", other)
     assert code == 1 and "NOT signed by the key" in out and "Not trusted." in out
+    code, out, err = run(capsys, "convert", file, "--to", "kohya")
+    assert code == 0 and "The signature of fox.safetensors speaks of that file alone" in err
+    code, out, err = run(capsys, "convert", out.strip(), "--to", "diffusers")
+    assert code == 0 and "signature" not in err
 
 
 def test_a_changed_file_and_one_without_a_seal_fail(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,25 +9,14 @@ import pytest
 from scumble.cli.main import main
 from scumble.cli.train import FLAGS, configure
 from scumble.errors import ConfigError
+from tests.runs.worlds import write_world
 
 NONE = {flag: None for flag in FLAGS}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from PIL import Image
-
-    from scumble.models.tiny import save
-
-    folder = tmp_path_factory.mktemp("world")
-    save("sd1", folder / "base")
-    (folder / "pictures").mkdir()
-    lines = []
-    for number in range(4):
-        Image.new("RGB", (16, 16), (60 * number, 90, 90)).save(folder / f"pictures/{number}.png")
-        lines.append(json.dumps({"file_name": f"{number}.png", "text": "a colour"}))
-    (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
+    return write_world(tmp_path_factory.mktemp("world"), 4, caption="a colour")
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:

@@ -148,12 +148,22 @@ def test_what_is_for_a_transformer_is_refused_as_that(tmp_path: Path) -> None:
     )
     with pytest.raises(UnusedTensors, match=r"speaks of transformer \(a diffusion transformer such as Flux"):
         read(tmp_path, SHAPES)
-    for name in ("lora_unet_double_blocks_0_img_attn_qkv", "diffusion_model.double_blocks.0.img_attn.qkv"):
+    for name in (
+        "lora_unet_joint_blocks_0_x_block_attn_qkv",
+        "diffusion_model.joint_blocks.0.x_block.attn.qkv",
+    ):
         tensors = {f"{name}.lora_{part}.weight": torch.ones(4, 4) for part in ("down", "up")}
         save(TensorFile(tensors), tmp_path / "a.safetensors")
         for layers in (SHAPES, None):
             with pytest.raises(WrongBase, match="diffusion transformer"):
                 read(tmp_path, layers)
+    for name in ("lora_unet_double_blocks_0_img_attn_qkv", "diffusion_model.double_blocks.0.img_attn.qkv"):
+        tensors = {f"{name}.lora_down.weight": torch.ones(4, 4), f"{name}.lora_up.weight": torch.ones(12, 4)}
+        save(TensorFile(tensors), tmp_path / "a.safetensors")
+        with pytest.raises(
+            UnusedTensors, match=r"speaks of transformer \(a diffusion transformer such as Flux"
+        ):
+            read(tmp_path, SHAPES)
 
 
 def test_writing_refuses_pickles_unknown_dialects_and_nothing(tmp_path: Path) -> None:

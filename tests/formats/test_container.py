@@ -164,6 +164,34 @@ def test_damaged_bytes_load_or_are_a_format_error(
     assert sum(t.numel() * t.itemsize for t in found.tensors.values()) <= len(content)
 
 
+def test_tensors_at_odd_places_are_read_too(tmp_path: Path) -> None:
+    header = {"one": entry("I8", (1,), (0, 1)), "wide": entry("F32", (2,), (1, 9))}
+    numbers = torch.tensor([1.5, -2.0])
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(packed(header, b"\x07" + numbers.numpy().tobytes()))
+    loaded = load(path).tensors
+    assert loaded["one"].tolist() == [7] and torch.equal(loaded["wide"], numbers)
+    assert loaded["wide"].data_ptr() % 4 == 0
+
+
+def test_who_looks_sees_the_header_before_any_weight_is_read(tmp_path: Path) -> None:
+    save(sample(), tmp_path / "a.safetensors")
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.bin")
+    seen: list[TensorFile] = []
+    for name in ("a.safetensors", "a.bin"):
+        file = load(tmp_path / name, seen.append)
+        assert all(tensor.is_meta for tensor in seen[-1].tensors.values())
+        assert {n: (t.dtype, t.shape) for n, t in seen[-1].tensors.items()} == {
+            n: (t.dtype, t.shape) for n, t in file.tensors.items()
+        }
+
+    def refuse(_: TensorFile) -> None:
+        raise FormatError("not this one")
+
+    with pytest.raises(FormatError, match=r"^not this one$"):
+        load(tmp_path / "a.safetensors", refuse)
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.safetensors"
     save(TensorFile({"a": torch.zeros(1)}), path)

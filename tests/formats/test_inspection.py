@@ -13,7 +13,7 @@ from scumble.adapters.state import AdapterState, Metadata
 from scumble.errors import UnknownFormat
 from scumble.formats import TensorFile, inspect, write
 from scumble.formats.container import save
-from scumble.formats.inspection import blocks_of, change_norm
+from scumble.formats.inspection import blocks_of, change_norm, is_idle
 from tests.formats.adapters_of import ATTENTION, SHAPES, adapter, layer
 
 
@@ -23,6 +23,19 @@ def test_the_norm_is_that_of_the_whole_change(path: str, stabilized: bool) -> No
     one = layer(path, 3, 2.0, stabilized)
     whole = one.scale * one.tensors["up"].flatten(1) @ one.tensors["down"].flatten(1)
     assert change_norm(one) == pytest.approx(whole.norm().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lora", "loha", "lokr", "ia3", "full", "oft"])
+def test_an_adapter_that_was_never_trained_is_idle_in_every_family(name: str) -> None:
+    base = torch.nn.Linear(12, 10, bias=False).requires_grad_(False)
+    family, rng = FAMILIES.get(name), torch.Generator().manual_seed(0)
+    delta = family.fresh(base, family.settings(rank=2), rank=2, alpha=2.0, generator=rng)
+    assert not delta.weight_delta(base.weight).any()
+    assert is_idle(delta.state())
+    with torch.no_grad():
+        for parameter in delta.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=rng))
+    assert not is_idle(delta.state())
 
 
 def test_the_norm_of_every_family_is_that_of_its_weight_delta() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scumble.adapters import FAMILIES, Adapter, AdapterState, layers_of
-from scumble.errors import CannotRepresent, FormatError, UnusedTensors
+from scumble.errors import CannotRepresent, FormatError, NoEffect, UnusedTensors
 from scumble.formats import TensorFile, read, write
 from scumble.formats.container import save
 from scumble.formats.lycoris import Lycoris
@@ -60,6 +60,17 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"lora_dim": 3, "alpha": 2, "weight_decompose": True, "wd_on_out": False},
         "dora",
     ),
+    "lokr tucker with magnitude": (
+        "LokrModule",
+        {"lora_dim": 2, "alpha": 5, "factor": 2, "use_tucker": True, "weight_decompose": True},
+        "lokr",
+    ),
+    "oft": ("DiagOFTModule", {"lora_dim": 4}, "oft"),
+    "oft limited": ("DiagOFTModule", {"lora_dim": 4, "constraint": 0.01}, "oft"),
+    "oft rescaled": ("DiagOFTModule", {"lora_dim": 4, "rescaled": True}, "oft"),
+    "boft": ("ButterflyOFTModule", {"lora_dim": 10}, "boft"),
+    "boft limited": ("ButterflyOFTModule", {"lora_dim": 10, "constraint": 0.01}, "boft"),
+    "boft rescaled": ("ButterflyOFTModule", {"lora_dim": 10, "rescaled": True}, "boft"),
     "ia3": ("IA3Module", {}, "ia3"),
     "ia3 on inputs": ("IA3Module", {"train_on_input": True}, "ia3"),
 }
@@ -116,22 +127,52 @@ def test_a_file_of_lycoris_computes_what_its_modules_compute(case: str, tmp_path
 def test_a_whole_difference_and_its_biases(tmp_path: Path) -> None:
     name, diff = "lora_unet_down_blocks_0_resnets_0_conv1", torch.randn(20, 12, 3, 3)
     layers = {path_of("conv1"): (20, 12, 3, 3)}
-    tensors = {f"{name}.diff": diff, f"{name}.diff_b": torch.zeros(20)}
+    tensors = {f"{name}.diff": diff, f"{name}.diff_b": torch.ones(20)}
     decoded = Lycoris().decode(TensorFile(tensors), layers)
     state = decoded.state.layers[path_of("conv1")]
     assert (state.family, state.scale) == ("full", 1.0) and torch.equal(state.tensors["diff"], diff)
-    assert decoded.ignored == (f"{name}.diff_b",)  # a change of zero
-    tensors[f"{name}.diff_b"] = torch.ones(20)
-    with pytest.raises(FormatError, match=r"diff_b \(changed biases\) on 1 module"):
+    assert torch.equal(state.tensors["bias"], torch.ones(20)) and not decoded.unused
+    tensors[f"{name}.diff_b"] = torch.ones(21)
+    with pytest.raises(FormatError, match=r"change to the bias of .* 20 outputs: diff_b \(21,\)"):
         Lycoris().decode(TensorFile(tensors), layers)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_turns_of_onetrainer_are_read_and_written_again(scaled: bool, tmp_path: Path) -> None:
+    name = "lora_unet_down_blocks_0_resnets_0_conv1"
+    numbers = 0.1 * torch.randn(27, 6, dtype=torch.float32)
+    marks = {f"{name}.oft_R.scaled_oft": torch.tensor(True)} if scaled else {}
+    save(TensorFile({f"{name}.oft_R.weight": numbers, **marks}), tmp_path / "a.safetensors")
+    layers = {path_of("conv1"): (20, 12, 3, 3)}
+    state = read(tmp_path / "a.safetensors", layers).state
+    layer = state.layers[path_of("conv1")]
+    assert (layer.family, layer.rank, layer.alpha) == ("oft", 4, 0.0)
+    torch.testing.assert_close(layer.tensors["weight_series"], numbers / (2 * 3**0.5 if scaled else 1))
+    for found in (layers, None):
+        again = read(write(state, tmp_path / "b.safetensors"), found)
+        assert again.state.equal(state) and not again.unused
+    with pytest.raises(UnusedTensors):  # blocks that do not fill the layer
+        read(tmp_path / "a.safetensors", {path_of("conv1"): (20, 11, 3, 3)})
+
+
+def test_a_limit_of_zero_is_no_turn_in_kohyas_own_oft() -> None:
+    parts = {"oft_blocks": torch.ones(5, 4, 4), "alpha": torch.tensor(0.0)}
+    layers = {path_of("conv1"): (20, 12, 3, 3)}
+    for prefix in ("lora", "oft"):
+        name = f"{prefix}_unet_down_blocks_0_resnets_0_conv1"
+        file = TensorFile({f"{name}.{part}": tensor for part, tensor in parts.items()})
+        if prefix == "lora":
+            assert Lycoris().decode(file, layers).state.layers[path_of("conv1")].alpha == 0.0
+            continue
+        with pytest.raises(NoEffect, match="alpha is 0"):
+            Lycoris().decode(file, layers)
 
 
 @pytest.mark.parametrize(
     ("ending", "said"),
     [
-        ("oft_blocks", "OFT or BOFT"),
-        ("oft_diag", "OFT or BOFT"),
-        ("w_norm", "normalisation"),
+        ("oft_diag", "the first OFT and BOFT of LyCORIS"),
+        ("boft_R", "peft's BOFT"),
         ("a1.weight", "GLoRA"),
         ("lokr_t1", "LoKr with two cores"),
     ],

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from scumble.errors import FormatError
 from scumble.formats.container import TensorFile, save
-from scumble.formats.stream import LazyTensors, rewrite
+from scumble.formats.stream import LazyTensors, rewrite, write_streamed
 
 TENSORS = {
     "a": torch.randn(5, 3),
@@ -66,6 +66,20 @@ def test_an_error_on_the_way_leaves_what_was_there(source: Path, tmp_path: Path)
     with pytest.raises(FormatError, match=r"^no$"):
         rewrite(source, target, {"b": fail}, {})
     assert target.read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_tensors_that_are_made_one_at_a_time_are_the_file_of_all_at_once(tmp_path: Path) -> None:
+    target, made = tmp_path / "streamed.safetensors", list[str]()
+
+    def value(name: str) -> torch.Tensor:
+        made.append(name)
+        return TENSORS[name]
+
+    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in TENSORS.items()}
+    write_streamed(target, entries, value, {"format": "pt"})
+    assert sorted(made) == sorted(TENSORS)
+    save(TensorFile(TENSORS, {"format": "pt"}), tmp_path / "whole.safetensors")
+    assert target.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """Golden losses: the first ten of each family x method on the tiny base. Numbers do not move by accident.
 
 When they move on purpose, run `python tests/golden/test_losses.py` from the repository's root (with
-`PYTHONPATH=src:.` where scumble is not installed), and say why in CHANGELOG.md.
+`PYTHONPATH=src:.` where scumble is not installed; perhaps with the names of some cases), and say why in CHANGELOG.md.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ PLAIN = {
 }
 CASES: dict[str, dict[str, Any]] = {
     f"text-to-image-{family}{name}": {"family": family, "train": PLAIN | train}
-    for family in ("sd1", "sd2")
+    for family in ("sd1", "sd2", "sdxl")
     for name, train in (
         ("", {}),
         (
@@ -43,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
         ),
     )
 }
+CASES["text-to-image-sd1-inpainting"] = {"family": "sd1-inpainting", "train": PLAIN}
 PRIOR = {"class_prompt": "a dog", "prior_weight": 0.5}
 CASES |= {
     f"dreambooth-{name}": {"family": "sd1", "train": PLAIN, "method": "dreambooth", "options": options}
@@ -79,6 +81,45 @@ CASES["slider"] = {
     },
 }
 
+CASES |= {
+    f"{name}-sdxl": {**CASES[name], "family": "sdxl"}
+    for name in (
+        *("dreambooth-prior-images", "dreambooth-prior-prediction", "dreambooth-text-encoder"),
+        *("textual-inversion", "pivotal", "pivotal-joint", "slider"),
+    )
+}
+
+FLOW = {
+    "measured": "clean",
+    "weighting": "cosmap",
+    "timesteps": {"distribution": "logit-normal", "shift": 1.0},
+}
+CASES |= {
+    "text-to-image-sd3": {"family": "sd3", "train": PLAIN},
+    "text-to-image-sd3-weighted": {"family": "sd3", "train": PLAIN | {"objective": FLOW}},
+    "dreambooth-sd3": {
+        "family": "sd3",
+        "train": PLAIN,
+        "method": "dreambooth",
+        "options": {"prior": "prediction", **PRIOR},
+    },
+    "pivotal-sd3": {**CASES["pivotal-joint"], "family": "sd3"},
+    "textual-inversion-sd3": {**CASES["textual-inversion"], "family": "sd3"},
+    "slider-sd3": {**CASES["slider"], "family": "sd3"},
+}
+CASES |= {
+    "text-to-image-flux": {"family": "flux", "train": PLAIN},
+    "text-to-image-flux-weighted": {
+        "family": "flux",
+        "train": PLAIN | {"objective": {"guidance": 3.5, "timesteps": {"shift": "resolution"}}},
+    },
+    "dreambooth-flux": {**CASES["dreambooth-sd3"], "family": "flux"},
+    "dreambooth-text-encoder-flux": {**CASES["dreambooth-text-encoder"], "family": "flux"},
+    "pivotal-flux": {**CASES["pivotal-joint"], "family": "flux"},
+    "textual-inversion-flux": {**CASES["textual-inversion"], "family": "flux"},
+    "slider-flux": {**CASES["slider"], "family": "flux"},
+}
+
 
 def measure(case: str, folder: Path) -> dict[str, Any]:
     settings = TrainSettings.model_validate(CASES[case]["train"])
@@ -110,6 +151,6 @@ def test_the_first_ten_losses_are_where_they_were(case: str, tmp_path: Path) -> 
 
 
 if __name__ == "__main__":
-    for name in CASES:
+    for name in sys.argv[1:] or CASES:
         with tempfile.TemporaryDirectory() as folder:
             (HERE / f"{name}.json").write_text(json.dumps(measure(name, Path(folder)), indent=1) + "\n")

@@ -227,6 +227,69 @@ def test_adapters_beyond_the_budget_leave_and_pictures_stay_the_same(
         assert {resident.file for resident in session.residents} == {b.resolve(), c.resolve()}
 
 
+def test_who_left_for_want_of_room_is_reported(base: BaseModel, files: dict[str, Path]) -> None:
+    a, b, c = (files[name] for name in "abc")
+    with Session(base, adapter_bytes=1) as session:
+        for path in (a, b, c):
+            draw(session, (path, 1.0))
+        assert session.evicted == (a.resolve(), b.resolve())
+        draw(session, (a, 1.0))
+        assert session.evicted == (b.resolve(), c.resolve())
+        session.unload(a)
+        assert session.evicted == (b.resolve(), c.resolve()), "unloading is nobody's want of room"
+
+
+# Several requests
+
+
+def test_pictures_of_several_requests_come_in_their_order(
+    base: BaseModel, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (AdapterUse(path=files[name]) for name in "ab")
+    requests = [
+        FOX.model_copy(update={"count": 2, "seed": 5, "adapters": (one,)}),
+        FOX.model_copy(update={"width": 24, "seed": 1}),
+        FOX.model_copy(update={"seed": 9, "adapters": (other,), "negative": ""}),
+        FOX.model_copy(update={"seed": 3, "negative": "rain"}),
+    ]
+    seen: list[tuple[int, int]] = []
+    batches = []
+    with Session(base) as session:
+        denoise = session._denoise
+        monkeypatch.setattr(
+            session, "_denoise", lambda asked, *rest: (batches.append(asked), denoise(asked, *rest))[1]
+        )
+        drawings = session.generate(requests, lambda *now: seen.append(now))
+        assert [(d.seed, d.image.width) for d in drawings] == [(5, 16), (6, 16), (1, 24), (9, 16), (3, 16)]
+        assert [[one.seed for one in batch] for batch in batches] == [[5, 6, 9], [1], [3]]
+        assert [len(d.settings["adapters"]) for d in drawings] == [1, 1, 0, 1, 0]
+        assert seen[-1] == (15, 15) and [done for done, _ in seen] == sorted(done for done, _ in seen)
+        for drawing in drawings:
+            alone = session.generate(drawing.request)[0]
+            assert numpy.abs(pixels(alone.image) - pixels(drawing.image)).max() <= 1
+        assert session.generate([]) == []
+
+
+def test_a_bad_request_among_many_is_found_before_the_first_is_drawn(
+    base: BaseModel, files: dict[str, Path], tmp_path: Path
+) -> None:
+    drawn: list[object] = []
+    with Session(base) as session, pytest.raises(FormatError, match="There is no adapter"):
+        session.generate(
+            [FOX, FOX.model_copy(update={"adapters": (AdapterUse(path=tmp_path / "gone.safetensors"),)})],
+            lambda *now: drawn.append(now),
+        )
+    assert not drawn
+
+
+def test_more_adapters_than_there_is_room_for_draw_together(base: BaseModel, files: dict[str, Path]) -> None:
+    requests = [FOX.model_copy(update={"adapters": (AdapterUse(path=path),)}) for path in files.values()]
+    with Session(base) as roomy, Session(tiny(), adapter_bytes=1, batch_size=2) as tight:
+        for one, other in zip(roomy.generate(requests), tight.generate(requests), strict=True):
+            assert numpy.abs(pixels(one.image) - pixels(other.image)).max() <= 1
+        assert len(roomy.residents) == 3 and len(tight.residents) == 1
+
+
 def test_the_base_is_compared_with_the_one_it_was_trained_on(tmp_path: Path) -> None:
     base, other, far = tiny(), tiny(seed=1), tiny("sd2")
 

@@ -17,6 +17,7 @@ ALL: dict[str, Prediction] = {
     "epsilon": Epsilon(SCHEDULER.alphas_cumprod),
     "v_prediction": Velocity(SCHEDULER.alphas_cumprod),
     "flow": Flow(),
+    "flow, shifted": Flow(3.0),
 }
 every = pytest.mark.parametrize("prediction", ALL.values(), ids=ALL.keys())
 scheduled = pytest.mark.parametrize("name", ["epsilon", "v_prediction"])

@@ -16,7 +16,7 @@ from scumble.errors import ConfigError
 from scumble.methods.method import METHODS, Ingredients
 from scumble.methods.slider import Paths, Slider, SliderObjective, SliderSettings
 from scumble.models import FAMILIES
-from scumble.models.family import BaseModel
+from scumble.models.family import BaseModel, Frame
 from scumble.rng import Streams
 from scumble.runs.load import load
 from scumble.training.loop import train
@@ -50,7 +50,7 @@ def parts(plan: Plan) -> tuple[SliderObjective, Paths]:
     return objective, paths
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 @pytest.mark.parametrize("both_ways", [True, False])
 def test_the_gradient_is_that_of_the_formula(family: str, both_ways: bool) -> None:
     """Against the formula written out by hand, with a bare base for the target and merged weights for the answer."""
@@ -70,15 +70,16 @@ def test_the_gradient_is_that_of_the_formula(family: str, both_ways: bool) -> No
     total = torch.zeros(())
     for row, position in enumerate(batch.positions):
         x, t = batch.latents[row : row + 1], paths.said([position])[0]
+        frame = Frame.plain(1, 16, 16)
         with torch.no_grad():
             n, plus, minus = (
-                bare.denoise(x, t, bare.encode_prompts([PAIR[word]]), batch.frame)
+                bare.denoise(x, t, bare.encode_prompts([PAIR[word]]), frame)
                 for word in ("neutral", "positive", "negative")
             )
         s = -1.0 if both_ways and position % 2 else 1.0
         target = n + s * 1.5 * (plus - minus)
         adapter.strength = s
-        answer = base.denoise(x, t, bare.encode_prompts([PAIR["neutral"]]), batch.frame)
+        answer = base.denoise(x, t, bare.encode_prompts([PAIR["neutral"]]), frame)
         loss = (answer - target).square().mean()
         assert torch.allclose(losses[row], loss, rtol=1e-4), row
         total = total + loss

@@ -11,14 +11,20 @@ import pytest
 import torch
 
 from scumble.adapters.lora import LoraSettings
-from scumble.data.record import Batches
+from scumble.data.loader import Loader
+from scumble.data.record import Batch, Batches
+from scumble.data.sources import open_dataset
 from scumble.errors import ConfigError
+from scumble.methods.method import METHODS, Ingredients
 from scumble.models import FAMILIES
 from scumble.rng import Streams
 from scumble.training.loop import train
+from scumble.training.objective import DenoisingObjective
 from scumble.training.plan import Plan, Stretch
 from scumble.training.proofs import digest
 from scumble.training.settings import TrainSettings
+from tests.data.fakes import folder
+from tests.data.fakes import settings as settings_of
 from tests.training.world import Listener, bytes_of, make_plan
 
 SETTINGS = TrainSettings.model_validate(
@@ -147,15 +153,73 @@ def test_stretches_of_a_course_equal_the_whole(tmp_path: Path, optimizer: dict[s
     assert all(torch.equal(resumed[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("method", ["text-to-image", "dreambooth"])
+def test_a_run_is_never_given_embeddings_of_another_text_encoder(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every step, whatever lies in the cache: words while it trains, then what a fresh reading gives, and the same
+    gradient."""
+    base = FAMILIES.get("sd1").tiny(0)
+    data = settings_of(folder(tmp_path / "p", ((16, 16),) * 3), cache=tmp_path / "cache", resolution=16)
+    Loader(
+        open_dataset(data), base, data, batch_size=2, seed=0
+    ).prepare()  # those of the bare base are there to mislead
+    bare = base.encode_prompts([record.captions[0] for record in open_dataset(data).records]).tokens
+    told = METHODS.get(method)
+    plan = told.plan(
+        Ingredients(
+            base=base,
+            fresh=lambda: FAMILIES.get("sd1").tiny(0),
+            adapter=LoraSettings(rank=2),
+            targets="attention",
+            batches=Loader(open_dataset(data), base, data, batch_size=2, seed=0, text_embeddings=False),
+            train=SETTINGS,
+            options=told.settings(**TEXT, text_encoder_until=0.5),
+            data=data,
+        )
+    )
+    given: list[Batch] = []
+    fresh: list[torch.Tensor] = []
+    real = DenoisingObjective.forward
+
+    def watched(self: DenoisingObjective, batch: Batch) -> torch.Tensor:
+        given.append(batch)
+        with torch.no_grad():
+            fresh.append(self.base.encode_prompts(batch.captions).tokens)
+        return real(self, batch)
+
+    monkeypatch.setattr(DenoisingObjective, "forward", watched)
+    train(plan, tmp_path / "run", SETTINGS, [], Streams(SETTINGS.seed))
+    monkeypatch.undo()
+    kept = [batch.conditioning for batch in given]
+    assert kept[:4] == [None] * 4 and None not in kept[4:] and len(kept) == 8
+    for conditioning, now in list(zip(kept, fresh, strict=True))[4:]:
+        assert conditioning is not None
+        torch.testing.assert_close(conditioning.tokens, now, atol=1e-6, rtol=1e-6)
+        assert min((row - other).abs().max() for row in now for other in bare) > 1e-3
+
+    def gradients(batch: Batch) -> list[torch.Tensor]:
+        (group,) = plan.phases[1].trainables
+        plan.phases[1].objective(batch).mean().backward()
+        found = [
+            parameter.grad.clone() for parameter in group.parameters.values() if parameter.grad is not None
+        ]
+        for root in base.roots.values():
+            root.zero_grad(set_to_none=True)
+        return found
+
+    one, other = gradients(given[-1]), gradients(replace(given[-1], conditioning=None))
+    assert one and any(grad.abs().max() > 0 for grad in one)
+    for mine, theirs in zip(one, other, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
+
+
 def test_loaders_embed_with_the_text_encoder_as_it_is(tmp_path: Path) -> None:
     """A cache on disk knows an embedding by the weights it was made with, adapters included."""
     from scumble.adapters.adapter import Adapter
-    from scumble.data.loader import Loader
-    from scumble.data.sources import open_dataset
-    from tests.data.fakes import folder, settings
 
     base = FAMILIES.get("sd1").tiny(0)
-    data = settings(folder(tmp_path / "p", ((16, 16),) * 2), cache=tmp_path / "cache", resolution=16)
+    data = settings_of(folder(tmp_path / "p", ((16, 16),) * 2), cache=tmp_path / "cache", resolution=16)
     plain = Loader(open_dataset(data), base, data, batch_size=2, seed=0)
     before = next(plain.start(0)).conditioning
     words = Loader(open_dataset(data), base, data, batch_size=2, seed=0, text_embeddings=False)

@@ -126,6 +126,8 @@ def test_general_sentences_take_the_captions_place() -> None:
     shaped = options(learns="style", placeholders=("<a1>", "<b2>")).shaped(data)
     assert shaped.caption == "<a1> <b2>" and shaped.templates == TEMPLATES["style"]
     assert options(learns="captions").shaped(data) is data
+    written_out = DataSettings(images="x", templates=data.templates)  # as a run's own run.toml has it
+    assert options(learns="style", placeholders=("<a1>", "<b2>")).shaped(written_out) == shaped
     for given in ({"caption": "a cat"}, {"templates": ("{caption}!",)}):
         with pytest.raises(ConfigError, match='or set learns = "captions"'):
             options().shaped(DataSettings(images="x", **given))  # type: ignore[arg-type]

@@ -26,4 +26,4 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Family -> its tiny base as a diffusers folder. Don't write into it; copy it."""
     place = tmp_path_factory.mktemp("bases")
-    return {family: tiny.save(family, place / family, seed=3) for family in ("sd1", "sd2")}
+    return {family: tiny.save(family, place / family, seed=3) for family in ("sd1", "sd2", "sdxl")}

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 RESNET = {
     "norm1": "in_layers.0",
@@ -23,6 +24,8 @@ RESNET = {
 OUTER = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -82,12 +85,16 @@ def vae_keys(vae: AutoencoderKL) -> dict[str, Tensor]:
     return out
 
 
-def clip_keys(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
+def clip_keys(
+    text_encoder: CLIPTextModel, prefix: str = "cond_stage_model.transformer.text_model."
+) -> dict[str, Tensor]:
     names = {k.removeprefix("text_model."): v for k, v in text_encoder.state_dict().items()}
-    return {f"cond_stage_model.transformer.text_model.{name}": tensor for name, tensor in names.items()}
+    return {f"{prefix}{name}": tensor for name, tensor in names.items()}
 
 
-def open_clip_keys(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
+def open_clip_keys(
+    text_encoder: CLIPTextModel | CLIPTextModelWithProjection, prefix: str = "cond_stage_model.model."
+) -> dict[str, Tensor]:
     s = {k.removeprefix("text_model."): v for k, v in text_encoder.state_dict().items()}
     out = {
         "positional_embedding": s["embeddings.position_embedding.weight"],
@@ -104,7 +111,9 @@ def open_clip_keys(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
             out[f"{theirs}.attn.out_proj.{end}"] = s[f"{ours}.self_attn.out_proj.{end}"]
             qkv = [s[f"{ours}.self_attn.{p}_proj.{end}"] for p in "qkv"]
             out[f"{theirs}.attn.in_proj_{end}"] = torch.cat(qkv)
-    return {f"cond_stage_model.model.{name}": tensor for name, tensor in out.items()}
+    if "text_projection.weight" in s:
+        out["text_projection"] = s["text_projection.weight"].T
+    return {f"{prefix}{name}": tensor for name, tensor in out.items()}
 
 
 def parts(
@@ -156,6 +165,54 @@ def write(
     unet, vae, text = parts(linear)
     words = open_clip_keys(text) if linear else clip_keys(text)
     tensors = unet_keys(unet) | vae_keys(vae) | words | {"alphas_cumprod": torch.ones(1000)} | more
+    kept = {k: v.clone().contiguous() for k, v in tensors.items() if not (drop and k.startswith(drop))}
+    save_file(kept, path, metadata)
+    return path
+
+
+def parts_xl(rows: int = 520, seed: int = 0) -> dict[str, Any]:
+    """Small parts of an SDXL base, by diffusers' names."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(64, 128),
+            layers_per_block=2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=64 + 128,
+            attention_head_dim=[1, 2],
+            transformer_layers_per_block=[1, 2],
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=6 * 256 + 32,
+        )
+        vae = parts(False)[1]
+        sizes = {
+            "vocab_size": rows,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "bos_token_id": rows - 2,
+            "eos_token_id": rows - 1,
+            "pad_token_id": rows - 1,
+        }
+        first = CLIPTextModel(CLIPTextConfig(hidden_size=64, num_attention_heads=1, **sizes))
+        second = CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                hidden_size=128, num_attention_heads=2, hidden_act="gelu", projection_dim=32, **sizes
+            )
+        )
+    found = {"unet": unet, "vae": vae, "text_encoder": first, "text_encoder_2": second}
+    return {name: module.eval() for name, module in found.items()}
+
+
+def write_xl(path: Path, metadata: dict[str, str] | None = None, drop: str = "") -> Path:
+    """A single-file checkpoint of `parts_xl`; tensors whose names begin with `drop` are left out."""
+    made = parts_xl()
+    tensors = unet_keys(made["unet"]) | vae_keys(made["vae"])
+    tensors |= clip_keys(made["text_encoder"], "conditioner.embedders.0.transformer.text_model.")
+    tensors |= open_clip_keys(made["text_encoder_2"], "conditioner.embedders.1.model.")
     kept = {k: v.clone().contiguous() for k, v in tensors.items() if not (drop and k.startswith(drop))}
     save_file(kept, path, metadata)
     return path

@@ -13,7 +13,7 @@ from scumble.models.attention import PLAIN_KEYS, FasterAttention, plain_is_faste
 from scumble.models.family import Frame
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_every_kind_gives_the_same_outputs_and_gradients(family: str) -> None:
     base: Any = FAMILIES.get(family).tiny()
     found = {}

@@ -39,11 +39,11 @@ def refusal(source: Path | str, **options: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_a_folder_gives_back_what_was_saved(folders: dict[str, Path], family: str) -> None:
     tiny, base = FAMILIES.get(family).tiny(3), load_base(folders[family], device="cpu")
     assert base.family == family and base.name == str(folders[family]) and base.notes == ()
-    assert base.prediction.name == {"sd1": "epsilon", "sd2": "v_prediction"}[family]
+    assert base.prediction.name == {"sd2": "v_prediction"}.get(family, "epsilon")
     assert torch.equal(base.encode_prompts(["a fox"]).tokens, tiny.encode_prompts(["a fox"]).tokens)
     pixels = torch.rand(1, 3, 16, 16) * 2 - 1
     assert torch.equal(base.encode_images(pixels, None), tiny.encode_images(pixels, None))
@@ -114,8 +114,7 @@ def test_options_without_effect_are_refused(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("index", "unet", "title"),
     [
-        ("StableDiffusionXLPipeline", {"addition_embed_type": "text_time"}, "Stable Diffusion XL"),
-        ("", {"use_linear_projection": True, "addition_embed_type": "text_time"}, "Stable Diffusion XL"),
+        ("KolorsPipeline", {"addition_embed_type": "text_time", "encoder_hid_dim_type": "text_proj"}, "Kolors"),
         ("StableDiffusion3Pipeline", {"_class_name": "SD3Transformer2DModel"}, "Stable Diffusion 3"),
         ("FluxPipeline", {"_class_name": "FluxTransformer2DModel"}, "Flux"),
         ("MarigoldPipeline", {"_class_name": "OtherModel"}, "MarigoldPipeline with a OtherModel"),
@@ -127,7 +126,7 @@ def test_other_architectures_are_refused_by_name(
     edit(sd1, "model_index.json", _class_name=index)
     edit(sd1, "unet/config.json", **unet)
     message = refusal(sd1)
-    assert f"is {title}" in message.replace(" a M", " M") and "trains sd1, sd2." in message
+    assert f"is {title}" in message.replace(" a M", " M") and f"trains {', '.join(FAMILIES)}." in message
     facts = describe_base(sd1)
     assert facts.family == "" and facts.problems == (message,)
 
@@ -135,7 +134,7 @@ def test_other_architectures_are_refused_by_name(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"in_channels": 9}, "an inpainting model on Stable Diffusion 1"),
+        ({"in_channels": 5}, "a depth-to-image model on Stable Diffusion 1"),
         ({"in_channels": 8}, "an InstructPix2Pix model"),
         ({"in_channels": 16, "out_channels": 16}, "VAE has 4 latent channels and its UNet takes 16"),
         ({"cross_attention_dim": 768}, "gives 32 numbers a token and its UNet's cross-attention takes 768"),
@@ -249,3 +248,13 @@ def test_impossible_precisions_are_refused_before_loading(monkeypatch: pytest.Mo
         load_base("./not/even/there", dtype=torch.bfloat16, device="cuda")
     with pytest.raises(PrecisionError, match="float64"):
         load_base("./not/even/there", dtype=torch.float64, device="cpu")
+
+
+def test_a_unet_with_a_scheduler_of_flow_matching_is_refused(sd1: Path) -> None:
+    (sd1 / "scheduler/scheduler_config.json").write_text(
+        json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+    )
+    edit(sd1, "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+    assert "trained by flow matching" in refusal(sd1)
+    with pytest.raises(ModelError, match="contradicts it: its noise levels are others"):
+        load_base("picturebook", prediction="flow", device="cpu")

@@ -93,6 +93,10 @@ def test_new_words_are_told_with_how_to_load_them(tmp_path: Path) -> None:
     assert "load_lora_weights" not in alone and "models/embeddings/" in alone
     both = write_card(full(tmp_path, words=("<fox>",), word_files=("learned_embeds.safetensors",)))
     assert "load_lora_weights" in snippet(both) and "load_textual_inversion" in snippet(both)
+    several = snippet(write_card(full(tmp_path, words=("<fox>",), word_encoders=2)))
+    ast.parse(several)
+    assert "scumble.load_adapter(pipeline" in several and "import scumble" in several
+    assert "load_textual_inversion" not in several and "load_lora_weights" not in several
 
 
 def test_a_scale_that_comfyui_does_not_read_is_told(tmp_path: Path) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 import scumble
 from scumble.errors import ConfigError, DataError
 from scumble.runs.load import load
+from tests.runs.worlds import write_world
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "dreambooth.toml"
 
@@ -20,28 +19,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "dreambooth.toml"
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base on disk, and three pictures without captions."""
-    from scumble.models.tiny import save
-
-    folder = tmp_path_factory.mktemp("world")
-    save("sd1", folder / "base")
-    (folder / "pictures").mkdir()
-    for number in range(3):
-        picture = Image.new("RGB", (16, 16), (40 * number, 200 - 30 * number, 90))
-        picture.paste((255, 255, 0), (0, 0, 4 + number, 8))
-        picture.save(folder / f"pictures/{number}.png")
-    return folder
-
-
-@pytest.fixture
-def no_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Loading a model is an error."""
-    from scumble.runs import build
-
-    def refused(*_: object, **__: object) -> None:
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(build, "load_base", refused)
-    yield
+    return write_world(tmp_path_factory.mktemp("world"), 3, caption=None)
 
 
 def settings(world: Path, output: Path, **options: Any) -> dict[str, Any]:

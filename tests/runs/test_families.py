@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,14 @@ import scumble
 from scumble.adapters import FAMILIES
 from scumble.errors import ConfigError, ResumeError
 from scumble.formats import read
+from scumble.runs.folder import RunFolder
+from tests.runs.worlds import write_world
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base on disk, and four captioned pictures."""
-    from PIL import Image
-
-    from scumble.models.tiny import save
-
-    folder = tmp_path_factory.mktemp("world")
-    save("sd1", folder / "base")
-    (folder / "pictures").mkdir()
-    lines = []
-    for number in range(4):
-        Image.new("RGB", (16, 16), (60 * number, 200, 90)).save(folder / f"pictures/{number}.png")
-        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"colour number {number}"}))
-    (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
+    return write_world(tmp_path_factory.mktemp("world"), 4)
 
 
 def settings(world: Path, output: Path, family: str, **train: Any) -> dict[str, Any]:
@@ -85,3 +75,18 @@ def test_a_dialect_that_cannot_hold_the_family_is_refused_before_training(
     with pytest.raises(ConfigError, match=r"save\.dialect.*loha.*lycoris"):
         scumble.train(**settings(world, tmp_path / "run", "loha", steps=2), save__dialect="diffusers")
     assert not (tmp_path / "run" / "checkpoint-000002").exists()
+    with pytest.raises(ConfigError, match=r"save\.also.*kohya.*loha"):
+        scumble.train(**settings(world, tmp_path / "two", "loha", steps=2), save__also=["peft", "kohya"])
+    assert not (tmp_path / "two" / "checkpoint-000002").exists()
+
+
+def test_a_folder_of_another_dialect_lies_beside_the_file_and_is_published(
+    world: Path, tmp_path: Path
+) -> None:
+    result = scumble.train(**settings(world, tmp_path / "run", "lokr", steps=2), save__also=["peft"])
+    assert result.adapter is not None
+    folder = tmp_path / "run" / f"{result.adapter.stem}_peft"
+    assert read(folder).state.equal(read(result.adapter).state)
+    name = (folder / "adapter_config.json").relative_to(tmp_path / "run").as_posix()
+    assert any(fnmatch(name, pattern) for pattern in RunFolder(tmp_path / "run").published())
+    assert folder in RunFolder(tmp_path / "run").results()

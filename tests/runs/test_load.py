@@ -125,6 +125,11 @@ def test_a_rule_over_several_settings_speaks_too(tmp_path: Path) -> None:
     assert "train.preview_every = 5 draws nothing without preview.prompts" in line
 
 
+def test_a_run_has_one_file_and_folders_go_beside_it(tmp_path: Path) -> None:
+    (line,) = complaint(write(tmp_path, GOOD), "save.dialect=peft")
+    assert "an adapter in peft is a folder of files" in line and 'also = ["peft"]' in line
+
+
 def test_names_of_plug_ins_are_checked_with_suggestions(tmp_path: Path) -> None:
     lines = complaint(
         write(tmp_path, GOOD), "trackers=['tensorbord']", "save.dialect=difusers", "method=text-2-image"

@@ -14,12 +14,14 @@ import yaml
 
 import scumble
 from scumble.errors import ConfigError, FormatError, HubError, ModelError
+from scumble.formats import read, write
 from scumble.inference.find_base import find_base
 from scumble.runs.card import unedited
 from scumble.runs.publish import publish
 from scumble.runs.pull import pull
 from tests.inference.makers import adapter_file
 from tests.runs.hub_server import TOKEN, Hub, front_matter_problems, running
+from tests.runs.worlds import write_world
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -42,15 +44,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base, pictures, and a run of two steps."""
-    from PIL import Image
-
-    from scumble.models.tiny import save
-
-    folder = tmp_path_factory.mktemp("world")
-    save("sd1", folder / "base")
-    (folder / "pictures").mkdir()
-    for number in range(3):
-        Image.new("RGB", (16, 16), (60 * number, 90, 200)).save(folder / f"pictures/{number}.png")
+    folder = write_world(tmp_path_factory.mktemp("world"), 3, caption=None)
     scumble.train(
         base=str(folder / "base"),
         data={"images": str(folder / "pictures"), "caption": "a sks fox"},
@@ -140,6 +134,17 @@ def test_a_strangers_file_gets_a_card_with_pictures(server: Hub, world: Path, tm
         and "/tmp" not in snippet(card)
     )
     assert all(f"({name})" in card for name in pictures) and "a red fox" in card
+
+
+def test_a_folder_of_peft_is_published_whole(server: Hub, world: Path, tmp_path: Path) -> None:
+    state = read(adapter_file(tmp_path / "fox.safetensors")).state
+    folder = write(state, tmp_path / "fox", "peft").parent
+    publish(folder, "fox", base=str(world / "base"))
+    there = server.repos["painter/fox"]
+    assert set(there) == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+    card = there["README.md"].decode()  # diffusers' own loader would do nothing with it
+    assert "load_lora_weights(" not in card and "scumble.load_adapter(" in card
+    assert read(pull("painter/fox", tmp_path / "pulled").adapter).state.equal(state)
 
 
 def test_how_to_try_again_names_everything(server: Hub, tmp_path: Path) -> None:

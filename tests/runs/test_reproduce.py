@@ -44,12 +44,14 @@ def test_what_was_trained_is_trained_again_bit_for_bit(
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 0, capsys.readouterr().err
-    assert load(out) == resolved
+    again = tmp_path / "run-again"  # the first run's folder is kept
+    assert load(out) == resolved.model_copy(update={"output": again})
+    assert reproduce(first.adapter, tmp_path / "x").count(f'"{tmp_path / "x"}"') == 1
     with pytest.raises(SystemExit) as stop:
         main(["reproduce", str(first.adapter), "-o", str(out)])
     assert stop.value.code == 2 and "there already" in capsys.readouterr().err
-    (tmp_path / "run").rename(tmp_path / "first")
     second = scumble.train(out, quiet=True)
+    assert second.folder == again
     assert second.adapter is not None and second.adapter.read_bytes() == content
     other = scumble.train(out, "train.seed=8", "output=" + str(tmp_path / "other"), quiet=True)
     assert other.adapter is not None and other.adapter.read_bytes() != content

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,13 @@ import scumble
 from scumble.errors import ConfigError, DataError, ModelError, NoLayerMatches, PrecisionError
 from scumble.runs.folder import Layout
 from scumble.runs.load import load
+from tests.runs.worlds import cut_and_resumed, drawn_by_diffusers, write_world
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base on disk, and six captioned pictures."""
-    from PIL import Image
-
-    from scumble.models.tiny import save
-
-    folder = tmp_path_factory.mktemp("world")
-    save("sd1", folder / "base")
-    (folder / "pictures").mkdir()
-    lines = []
-    for number in range(6):
-        picture = Image.new("RGB", (16, 16), (40 * number, 200 - 30 * number, 90))
-        picture.paste((255, 255, 0), (0, 0, 4 + number, 8))
-        picture.save(folder / f"pictures/{number}.png")
-        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"colour number {number}"}))
-    (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
+    return write_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(autouse=True)
@@ -47,18 +34,6 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", only_here)
-
-
-@pytest.fixture
-def no_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Loading a model is an error."""
-    from scumble.runs import build
-
-    def refused(*_: object, **__: object) -> None:
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(build, "load_base", refused)
-    yield
 
 
 def settings(world: Path, output: Path, **more: Any) -> dict[str, Any]:
@@ -101,39 +76,15 @@ def test_a_run_leaves_everything_in_its_folder(world: Path, tmp_path: Path) -> N
 
 def test_the_file_acts_in_unmodified_diffusers(world: Path, tmp_path: Path) -> None:
     import torch
-    from diffusers import StableDiffusionPipeline
 
     scumble.train(**settings(world, tmp_path / "run"))
-    pipeline = StableDiffusionPipeline.from_pretrained(world / "base")
-
-    def draw() -> torch.Tensor:
-        noise = torch.Generator().manual_seed(0)
-        return torch.as_tensor(
-            pipeline(
-                "x", num_inference_steps=2, generator=noise, output_type="np", width=16, height=16
-            ).images
-        )
-
-    before = draw()
-    pipeline.load_lora_weights(str(tmp_path / "run"))
-    assert not torch.equal(before, draw())
+    bare, taught = (drawn_by_diffusers(world / "base", adapter) for adapter in (None, tmp_path / "run"))
+    assert not torch.equal(bare, taught)
 
 
 @pytest.mark.slow
 def test_a_resumed_run_gives_the_file_of_an_uninterrupted_one(world: Path, tmp_path: Path) -> None:
-    whole = scumble.train(**settings(world, tmp_path / "whole"), train__checkpoint_every=2)
-    half = scumble.train(**settings(world, tmp_path / "half"), train__checkpoint_every=2)
-    assert whole.adapter and half.adapter
-    half.adapter.unlink()
-    import shutil
-
-    shutil.rmtree(tmp_path / "half" / "checkpoint-000004")
-    resumed = scumble.train(tmp_path / "half" / "run.toml", resume="latest", quiet=True)
-    assert resumed.adapter
-    from safetensors.torch import load_file
-
-    first, second = load_file(whole.adapter), load_file(resumed.adapter)
-    assert first.keys() == second.keys() and all((first[name] == second[name]).all() for name in first)
+    cut_and_resumed(lambda run: {**settings(world, tmp_path / run), "train__checkpoint_every": 2})
 
 
 @pytest.mark.slow
@@ -287,6 +238,63 @@ def test_what_can_be_known_is_refused_before_the_model_is_loaded(
     with pytest.raises(error, match=message):
         scumble.train(**{**settings(world, tmp_path / "run"), **changes})
     assert not (tmp_path / "run").exists(), "nothing was written"
+
+
+def masked(world: Path, folder: Path, size: tuple[int, int]) -> dict[str, Any]:
+    """Settings of the data: the world's pictures with masks of this size."""
+    from PIL import Image
+
+    for number in range(6):
+        (folder / "masks").mkdir(parents=True, exist_ok=True)
+        Image.new("L", size, 255).save(folder / "masks" / f"{number}.png")
+    return {"images": str(world / "pictures"), "masks": str(folder / "masks")}
+
+
+def test_a_mask_of_another_size_is_refused_before_the_model_is_loaded(
+    world: Path, tmp_path: Path, no_model: None
+) -> None:
+    data = masked(world, tmp_path, (16, 12))
+    with pytest.raises(
+        DataError, match=r"mask of 0\.png: it is 16x12 pixels and the picture 16x16"
+    ) as raised:
+        scumble.train(**{**settings(world, tmp_path / "run"), "data": data})
+    assert "5.png" in str(raised.value), "every one is told at once"
+    (tmp_path / "masks" / "3.png").unlink()
+    with pytest.raises(DataError, match=r"3\.png: has no mask"):
+        scumble.train(**{**settings(world, tmp_path / "run"), "data": data})
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_folder_is_refused_before_the_model_is_loaded(
+    world: Path, tmp_path: Path, no_model: None
+) -> None:
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match=r"No pictures in .*none"):
+        scumble.train(**settings(world, tmp_path / "run"), data__images=str(tmp_path / "none"))
+
+
+def test_what_is_cut_off_a_long_caption_is_shown(
+    world: Path, tmp_path: Path, no_model: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = {**settings(world, tmp_path / "run"), "quiet": False}
+    with pytest.raises(AssertionError, match="the model was loaded"):
+        scumble.train(**said, data__caption="the fox " * 30 + "unread")
+    err = capsys.readouterr().err
+    assert "0.png: its caption has" in err and "the base reads the first 77" in err
+    assert re.search(r"This is cut off: '[^']*the fox unread'\.", err.replace("\n", " "))
+
+
+def test_an_option_of_another_method_is_named(world: Path, tmp_path: Path, no_model: None) -> None:
+    for options, said in (
+        (
+            {"dreambooth": {"instance_prompt": "a fox"}},
+            r'\[dreambooth\] are the settings of method = "dreambooth"',
+        ),
+        ({"text_to_image": {"prior": "images"}}, r'\[text_to_image\] has no setting "prior"'),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            scumble.train(**settings(world, tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
 
 
 def test_targets_that_match_nothing_are_refused_before_the_first_step(world: Path, tmp_path: Path) -> None:

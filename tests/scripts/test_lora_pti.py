@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.scripts.test_textual_inversion import load
+from tests.scripts.commands import load, run_config, values
 
 script = load("lora_pti")
 
@@ -37,16 +37,11 @@ NEEDED = [
 
 
 def settings(*more: str) -> dict[str, Any]:
-    flags = script.parser().parse_args(script.spelled_out([*NEEDED, *more]))
-    return {".".join(given.path): given.value for given in script.translate(flags, script.World())}
+    return values(script, script.spelled_out([*NEEDED, *more]))
 
 
 def config(*more: str) -> Any:
-    from scumble.runs.config import RunConfig
-    from scumble.runs.load import assemble
-
-    flags = script.parser().parse_args(script.spelled_out([*NEEDED, *more]))
-    return assemble(RunConfig, script.translate(flags, script.World()))
+    return run_config(script, script.spelled_out([*NEEDED, *more]))
 
 
 def test_every_flag_is_there_once() -> None:
@@ -118,6 +113,12 @@ def test_words_from_the_start_need_no_inversion() -> None:
 def test_what_can_not_be_honoured_is_refused(flags: list[str], said: str) -> None:
     with pytest.raises(script.Refused, match=said):
         settings(*flags)
+
+
+def test_an_inpainting_base_is_known_by_itself() -> None:
+    assert settings("--train_inpainting") == settings()
+    flags = script.parser().parse_args(script.spelled_out([*NEEDED, "--train_inpainting"]))
+    assert any("seen from the base itself" in note for note in script.COMMAND.notes(flags))
 
 
 def test_the_result_is_called_as_there() -> None:

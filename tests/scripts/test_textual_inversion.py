@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
-
-def load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / f"scripts/{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
+from tests.scripts.commands import load, run_config, values
 
 script = load("textual_inversion")
 
@@ -47,8 +34,7 @@ NEEDED = [
 
 
 def settings(*more: str, **world: Any) -> dict[str, Any]:
-    flags = script.parser().parse_args([*NEEDED, *more])
-    return {".".join(given.path): given.value for given in script.translate(flags, script.World(**world))}
+    return values(script, [*NEEDED, *more], **world)
 
 
 def test_every_flag_is_there_once() -> None:
@@ -87,12 +73,8 @@ def test_flags_become_settings() -> None:
 
 
 def test_they_are_a_run() -> None:
-    from scumble.runs.config import RunConfig
-    from scumble.runs.load import assemble
-
-    flags = script.parser().parse_args([*NEEDED, "--resolution=64"])
-    config = assemble(RunConfig, script.translate(flags, script.World()))
-    assert config.options.placeholders == ("<cat-toy>",)  # type: ignore[attr-defined]
+    config = run_config(script, [*NEEDED, "--resolution=64"])
+    assert config.options.placeholders == ("<cat-toy>",)
     assert config.pictures is not None and config.pictures.caption == "<cat-toy>"
     assert (
         all("{caption}" in one for one in config.pictures.templates) and len(config.pictures.templates) > 10

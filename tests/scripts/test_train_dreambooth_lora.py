@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from scumble.runs.config import RunConfig
-from scumble.runs.load import assemble
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "train_dreambooth_lora.py"
+from tests.runs.worlds import write_world
+from tests.scripts.commands import (
+    WEIGHTS,
+    about,
+    at,
+    defaults,
+    launch,
+    load,
+    lose_the_end,
+    named_in,
+    run_config,
+)
 
 #: every flag of diffusers 0.42's script with its default; `...` for a required one
 THEIRS: dict[str, Any] = {
@@ -87,37 +91,15 @@ REQUIRED = (
 PRIOR = ("--with_prior_preservation", "--class_data_dir=dogs", "--class_prompt=a dog")
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_dreambooth_lora", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+script = load("train_dreambooth_lora")
 
 
-script = load_script()
-
-
-def config(*flags: str, **world: Any) -> RunConfig:
-    """What a command line means; 20 pictures unless said otherwise."""
-    given = script.parser().parse_args([*REQUIRED, *flags])
-    return assemble(RunConfig, script.translate(given, script.World(**{"count": lambda data: 20, **world})))
-
-
-def at(settings: RunConfig, path: str) -> Any:
-    value: Any = settings
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
+def config(*flags: str, **world: Any) -> Any:
+    return run_config(script, [*REQUIRED, *flags], **world)
 
 
 def test_the_flags_are_theirs_with_their_defaults() -> None:
-    mine = {
-        flag.name: ... if flag.required else (False if flag.type is None else flag.default)
-        for flag in script.FLAGS
-    }
-    assert mine == THEIRS
+    assert defaults(script) == THEIRS
     assert len({flag.name for flag in script.FLAGS}) == len(script.FLAGS)
     given = script.parser().parse_args([*REQUIRED])
     assert given.__dict__ == {**THEIRS, **{key: getattr(given, key) for key, v in THEIRS.items() if v is ...}}
@@ -200,13 +182,12 @@ WITH_PRIOR: list[tuple[str, str, Any]] = [
 
 @pytest.mark.parametrize(("flags", "path", "value"), ROWS)
 def test_a_flag_becomes_its_setting(flags: str, path: str, value: Any) -> None:
-    found = at(config(*flags.split()), path)
-    assert found == pytest.approx(value) if isinstance(value, float) else found == value
+    assert at(config(*flags.split()), path) == about(value)
 
 
 @pytest.mark.parametrize(("flags", "path", "value"), WITH_PRIOR)
 def test_a_flag_of_the_prior_becomes_its_setting(flags: str, path: str, value: Any) -> None:
-    assert at(config(*PRIOR, *flags.split()), path) == value
+    assert at(config(*PRIOR, *flags.split()), path) == about(value)
 
 
 #: flags that are no setting: what becomes of them is tested below or in a run
@@ -216,9 +197,7 @@ ELSEWHERE |= {"validation_images", "class_labels_conditioning"}
 
 
 def test_every_flag_has_a_row() -> None:
-    rows = [*ROWS, *WITH_PRIOR]
-    tested = {part.split("=")[0].removeprefix("--") for flags, _, _ in rows for part in flags.split()}
-    assert tested | ELSEWHERE == set(THEIRS)
+    assert named_in([*ROWS, *WITH_PRIOR]) | ELSEWHERE == set(THEIRS)
 
 
 @pytest.mark.parametrize(
@@ -259,34 +238,13 @@ def test_notes_say_what_is_otherwise() -> None:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base on disk, and three pictures."""
-    from PIL import Image
-
-    from scumble.models.tiny import save
-
     folder = tmp_path_factory.mktemp("world")
-    save("sd1", folder / "base")
-    (folder / "dog").mkdir()
-    for number in range(3):
-        picture = Image.new("RGB", (20 + number, 18), (40 * number, 200 - 30 * number, 90))
-        picture.save(folder / f"dog/{number}.png")
-    return folder
+    return write_world(folder, 3, caption=None, pictures="dog", size=(20, 18), wider=1)
 
 
-def launch(world: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        f"--pretrained_model_name_or_path={world / 'base'}",
-        f"--instance_data_dir={world / 'dog'}",
-        "--instance_prompt=a photo of sks dog",
-        "--resolution=16",
-        "--train_batch_size=2",
-        "--seed=1337",
-        *flags,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = str(SCRIPT.parents[1] / "src")
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=world, check=False)
+def dreambooth(world: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    given = (f"--instance_data_dir={world / 'dog'}", "--instance_prompt=a photo of sks dog")
+    return launch("train_dreambooth_lora", world, *given, *flags)
 
 
 @pytest.mark.slow
@@ -306,7 +264,7 @@ def test_the_whole_command_runs_and_resumes(world: Path) -> None:
         "--report_to=none",
         "--max_train_steps=4",
     ]
-    done = launch(world, *flags)
+    done = dreambooth(world, *flags)
     assert done.returncode == 0, done.stderr
     names = {path.name for path in out.iterdir()}
     assert {"pytorch_lora_weights.safetensors", "README.md", "checkpoint-2", "checkpoint-4"} <= names
@@ -315,9 +273,7 @@ def test_the_whole_command_runs_and_resumes(world: Path) -> None:
 
     with safe_open(out / "pytorch_lora_weights.safetensors", framework="pt") as file:
         assert {name.split(".")[0] for name in file.keys()} == {"unet", "text_encoder"}  # noqa: SIM118
-    weights = (out / "pytorch_lora_weights.safetensors").read_bytes()
-    for path in (out / "checkpoint-4", out / "pytorch_lora_weights.safetensors"):
-        path.rename(world / path.name)
-    more = launch(world, *flags, "--resume_from_checkpoint=latest")
+    weights = lose_the_end(out, "checkpoint-4", world)
+    more = dreambooth(world, *flags, "--resume_from_checkpoint=latest")
     assert more.returncode == 0, more.stderr
-    assert (out / "pytorch_lora_weights.safetensors").read_bytes() == weights
+    assert (out / WEIGHTS).read_bytes() == weights

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import subprocess
-import sys
-from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from scumble.runs.config import RunConfig
-from scumble.runs.load import assemble
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "train_text_to_image_lora.py"
+from tests.runs.worlds import drawn_by_diffusers, write_world
+from tests.scripts.commands import (
+    WEIGHTS,
+    about,
+    at,
+    defaults,
+    launch,
+    load,
+    lose_the_end,
+    named_in,
+    run_config,
+)
 
 #: every flag of diffusers 0.42's script with its default; `...` for a required one
 THEIRS: dict[str, Any] = {
@@ -75,39 +78,17 @@ THEIRS: dict[str, Any] = {
 }
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_text_to_image_lora", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+script = load("train_text_to_image_lora")
 
 
-script = load_script()
-
-
-def config(*flags: str, **world: Any) -> RunConfig:
-    """What a command line means; 20 pictures unless said otherwise."""
-    given = script.parser().parse_args(["--pretrained_model_name_or_path=base", *flags])
-    if not any(flag.startswith(("--dataset_name", "--train_data_dir")) for flag in flags):
-        given.train_data_dir = "pictures"
-    return assemble(RunConfig, script.translate(given, script.World(**{"count": lambda data: 20, **world})))
-
-
-def at(settings: RunConfig, path: str) -> Any:
-    value: Any = settings
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
+def config(*flags: str, **world: Any) -> Any:
+    named = any(flag.startswith(("--dataset_name", "--train_data_dir")) for flag in flags)
+    folder = () if named else ("--train_data_dir=pictures",)
+    return run_config(script, ["--pretrained_model_name_or_path=base", *folder, *flags], **world)
 
 
 def test_the_flags_are_theirs_with_their_defaults() -> None:
-    mine = {
-        flag.name: ... if flag.required else (False if flag.type is None else flag.default)
-        for flag in script.FLAGS
-    }
-    assert mine == THEIRS
+    assert defaults(script) == THEIRS
     assert script.parser().parse_args(["--pretrained_model_name_or_path=x"]).__dict__ == {
         **THEIRS,
         "pretrained_model_name_or_path": "x",
@@ -191,8 +172,7 @@ ROWS: list[tuple[str, str, Any]] = [
 
 @pytest.mark.parametrize(("flags", "path", "value"), ROWS)
 def test_a_flag_becomes_its_setting(flags: str, path: str, value: Any) -> None:
-    found = at(config(*flags.split()), path)
-    assert found == pytest.approx(value) if isinstance(value, float) else found == value
+    assert at(config(*flags.split()), path) == about(value)
 
 
 #: flags that are no setting: what becomes of them is tested below or in a run
@@ -201,8 +181,7 @@ ELSEWHERE |= {"enable_xformers_memory_efficient_attention"}
 
 
 def test_every_flag_has_a_row() -> None:
-    tested = {part.split("=")[0].removeprefix("--") for flags, _, _ in ROWS for part in flags.split()}
-    assert tested | ELSEWHERE == set(THEIRS)
+    assert named_in(ROWS) | ELSEWHERE == set(THEIRS)
 
 
 def test_the_precision_is_the_flag_then_accelerate_then_none() -> None:
@@ -274,46 +253,11 @@ def test_a_checkpoint_is_found_however_its_path_is_spelled(tmp_path: Path) -> No
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base on disk, and an image folder with metadata.jsonl."""
-    from PIL import Image
-
-    from scumble.models.tiny import save
-
-    folder = tmp_path_factory.mktemp("world")
-    save("sd1", folder / "base")
-    (folder / "pictures").mkdir()
-    lines = []
-    for number in range(6):
-        Image.new("RGB", (20 + number, 18), (40 * number, 200 - 30 * number, 90)).save(
-            folder / f"pictures/{number}.png"
-        )
-        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"colour number {number}"}))
-    (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
+    return write_world(tmp_path_factory.mktemp("world"), size=(20, 18), wider=1)
 
 
-def launch(
-    world: Path, *flags: str, environment: Mapping[str, str] = {}, first: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        *first,
-        str(SCRIPT),
-        f"--pretrained_model_name_or_path={world / 'base'}",
-        f"--train_data_dir={world / 'pictures'}",
-        "--resolution=16",
-        "--train_batch_size=2",
-        "--seed=1337",
-        *flags,
-    ]
-    source = str(SCRIPT.parents[1] / "src")
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": source,
-        **environment,
-    }
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=world, check=False)
+def text_to_image(world: Path, *flags: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    return launch("train_text_to_image_lora", world, f"--train_data_dir={world / 'pictures'}", *flags, **more)
 
 
 @pytest.mark.slow
@@ -335,7 +279,7 @@ def test_the_whole_command_runs_and_resumes(world: Path) -> None:
         "--validation_epochs=2",
         "--report_to=tensorboard",
     ]
-    done = launch(world, *flags, "--max_train_steps=6")
+    done = text_to_image(world, *flags, "--max_train_steps=6")
     assert done.returncode == 0, done.stderr
     names = {path.name for path in out.iterdir()}
     assert {"pytorch_lora_weights.safetensors", "README.md", "checkpoint-4", "checkpoint-6", "logs"} <= names
@@ -343,39 +287,25 @@ def test_the_whole_command_runs_and_resumes(world: Path) -> None:
     assert list((out / "logs").rglob("events.out.tfevents.*"))
     card = (out / "README.md").read_text()
     assert "Totoro" in card and "| optimizer steps | 6 |" in card
-    again = launch(world, *flags, "--max_train_steps=6")
+    again = text_to_image(world, *flags, "--max_train_steps=6")
     assert again.returncode == 2 and "already holds" in again.stderr
     # The same run, cut after four steps and continued, gives the same file.
-    weights = (out / "pytorch_lora_weights.safetensors").read_bytes()
-    for path in (out / "checkpoint-6", out / "pytorch_lora_weights.safetensors"):
-        path.rename(world / path.name)
-    more = launch(world, *flags, "--max_train_steps=6", "--resume_from_checkpoint=latest")
+    weights = lose_the_end(out, "checkpoint-6", world)
+    more = text_to_image(world, *flags, "--max_train_steps=6", "--resume_from_checkpoint=latest")
     assert more.returncode == 0, more.stderr
-    assert (out / "pytorch_lora_weights.safetensors").read_bytes() == weights
+    assert (out / WEIGHTS).read_bytes() == weights
 
 
 @pytest.mark.slow
 def test_the_file_loads_in_unmodified_diffusers(world: Path) -> None:
-    done = launch(
+    done = text_to_image(
         world, "--output_dir=loads", "--max_train_steps=2", "--report_to=none", "--learning_rate=0.01"
     )
     assert done.returncode == 0, done.stderr
     import torch
-    from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(world / "base")
-
-    def draw() -> torch.Tensor:
-        noise = torch.Generator().manual_seed(0)
-        return torch.as_tensor(
-            pipeline(
-                "x", num_inference_steps=2, generator=noise, output_type="np", width=16, height=16
-            ).images
-        )
-
-    before = draw()
-    pipeline.load_lora_weights(str(world / "loads"))
-    assert not torch.equal(before, draw())
+    bare, taught = (drawn_by_diffusers(world / "base", adapter) for adapter in (None, world / "loads"))
+    assert not torch.equal(bare, taught)
 
 
 @pytest.mark.slow
@@ -388,13 +318,13 @@ def test_accelerate_launch_decides_the_precision(world: Path) -> None:
         "--dynamo_backend=no",
         "--cpu",
     )
-    done = launch(
+    done = text_to_image(
         world, "--output_dir=half", "--max_train_steps=1", first=(*launcher, "--mixed_precision=fp16")
     )
     assert done.returncode != 0
     assert "fp16 needs a GPU" in done.stderr and "bf16" in done.stderr
     assert not (world / "half").exists(), "refused before anything was written"
-    done = launch(
+    done = text_to_image(
         world,
         "--output_dir=brain",
         "--max_train_steps=2",
@@ -417,7 +347,7 @@ def test_a_push_goes_to_the_hub_and_a_failed_one_keeps_the_run(world: Path) -> N
             "HF_HUB_OFFLINE": "0",
         }
         flags = ["--push_to_hub", "--max_train_steps=2", "--report_to=none", "--learning_rate=0.01"]
-        done = launch(
+        done = text_to_image(
             world, *flags, "--output_dir=pushed", "--hub_model_id=painter/fox", environment=environment
         )
         assert done.returncode == 0, done.stderr
@@ -429,12 +359,12 @@ def test_a_push_goes_to_the_hub_and_a_failed_one_keeps_the_run(world: Path) -> N
         assert {"README.md", "run.toml", "report.html"} <= set(there)
         assert TOKEN.encode() not in b"".join(there.values())
         hub.failures = {"/commit/": 500}
-        done = launch(world, *flags, "--output_dir=kept", environment=environment)
+        done = text_to_image(world, *flags, "--output_dir=kept", environment=environment)
         assert done.returncode == 0, "the training went well"
         assert "scumble push kept painter/kept" in done.stderr
         assert (world / "kept" / "pytorch_lora_weights.safetensors").exists()
         hub.failures = {"whoami": 401}
-        done = launch(world, *flags, "--output_dir=never", environment=environment)
+        done = text_to_image(world, *flags, "--output_dir=never", environment=environment)
         assert done.returncode == 2 and "hf auth login" in done.stderr
         assert not (world / "never").exists(), "asked before the first step"
 
@@ -444,7 +374,7 @@ def test_two_processes_share_one_run(world: Path) -> None:
     """Accelerate's processes, over gloo: each sees its part, one writes."""
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
     flags = ("--output_dir=two", "--num_train_epochs=2", "--report_to=none", "--checkpointing_steps=2")
-    done = launch(world, *flags, "--scale_lr", first=launcher)
+    done = text_to_image(world, *flags, "--scale_lr", first=launcher)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (world / "two" / "events.jsonl").read_text().splitlines()]
     (started,) = [row for row in rows if row["event"] == "Started"]

@@ -12,6 +12,7 @@ from torch.nn import functional
 from scumble.adapters.adapter import Adapter
 from scumble.adapters.lora import LoraSettings
 from scumble.data.record import Batch
+from scumble.errors import ScumbleError
 from scumble.models import FAMILIES
 from scumble.models.family import BaseModel
 from scumble.rng import Streams
@@ -124,7 +125,7 @@ def test_huber_equals_l2_near_zero_and_is_below_it_far_away(base: BaseModel, bat
 
 def test_levels_are_kept_to_their_range(base: BaseModel) -> None:
     settings = ObjectiveSettings(timesteps=TimestepSettings(minimum=0.5, maximum=0.6))
-    t = DenoisingObjective(base, STREAMS, settings).timesteps(tuple(range(200)))
+    t = DenoisingObjective(base, STREAMS, settings).timesteps(tuple(range(200)), (200, 4, 4, 4))
     assert t.min() >= 500 and t.max() < 600
 
 
@@ -143,6 +144,43 @@ def test_only_roots_that_train_are_registered_and_the_base_keeps_its_mode() -> N
         assert not base.denoiser.training and not base.denoiser.conv_in.training
         objective.eval()
         assert not any(delta.training for delta in adapter.deltas.values())
+
+
+def test_shifted_levels_take_the_place_of_the_bases_own(base: BaseModel) -> None:
+    u = STREAMS.uniform("timestep", (0, 1, 2))
+    settings = ObjectiveSettings(timesteps=TimestepSettings(shift=3.0))
+    found = DenoisingObjective(base, STREAMS, settings).timesteps((0, 1, 2), (3, 4, 8, 8))
+    assert torch.equal(found, base.prediction.from_uniform(3 * u / (1 + 2 * u)))
+
+
+def test_the_error_in_the_clean_latents(base: BaseModel, batch: Batch) -> None:
+    answer, _, t = by_hand(base, batch)
+    noise = STREAMS.normal("noise", batch.positions, batch.latents.shape[1:])
+    clean = base.prediction.clean(base.prediction.noisy(batch.latents, noise, t), answer, t)
+    expected = (clean - batch.latents).square().mean((1, 2, 3))
+    torch.testing.assert_close(losses(base, batch, measured="clean"), expected, rtol=1e-3, atol=1e-5)
+    weighted = expected * base.prediction.snr(t).clamp(max=5.0)
+    found = losses(base, batch, measured="clean", snr_gamma=5.0)
+    torch.testing.assert_close(found, weighted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"weighting": "cosmap"}, 'weighting = "cosmap" is for flow matching'),
+        ({"timesteps": {"shift": "resolution"}}, "by resolution is for flow matching"),
+    ],
+)
+def test_what_is_for_flow_matching_is_refused_elsewhere(
+    base: BaseModel, settings: dict[str, object], match: str
+) -> None:
+    with pytest.raises(ScumbleError, match=match):
+        DenoisingObjective(base, STREAMS, ObjectiveSettings(**settings))  # type: ignore[arg-type]
+
+
+def test_two_weightings_are_refused() -> None:
+    with pytest.raises(ValidationError, match="both weigh noise levels"):
+        ObjectiveSettings(weighting="cosmap", snr_gamma=5.0)
 
 
 def test_a_delta_without_effect_is_refused() -> None:

@@ -43,6 +43,8 @@ class LatentBatches:
         self.captions = [f"picture {n}" for n in range(samples)]
         streams = Streams(seed)
         self.latents = streams.normal("latents", range(samples), (base.latent_channels, 4, 4))
+        shown = (base.shown_channels, 4, 4)
+        self.shown = streams.normal("shown", range(samples), shown) if base.shown_channels else None
         self.base = base
         self.text = self.embedded() if cached_text else None
 
@@ -82,6 +84,7 @@ class LatentBatches:
             weight=torch.ones(len(rows)),
             keys=tuple(f"{row}.png" for row in rows),
             positions=tuple(positions),
+            shown=None if self.shown is None else self.shown[rows],
         )
 
 

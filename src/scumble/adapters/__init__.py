@@ -2,15 +2,19 @@
 
 operate.py   a layer's own operation, done with another weight
 delta.py     Delta: the change to one layer, seen in two ways that must agree (write one to add a family)
-lora.py, dora.py, loha.py, lokr.py, ia3.py, full.py      the families: their settings and their maths
+lora.py, dora.py, loha.py, lokr.py, ia3.py, full.py, oft.py, boft.py      the families: settings and maths
+biased.py    a delta of any family and a change to the layer's bias, as files hold them
 magnitude.py a change of direction with a learned length, which DoRA, LoHa and LoKr may have
 families.py  the registry of families
 adapted.py   Adapted: a layer and the deltas on it, each with its strength
+dial.py      Dial: one adapter's strength, which all of its layers read; a number, or one per sample of a batch
+stack.py     the LoRAs that act on one layer, side by side: two products, however many they are
 layers.py    which layers a model has, and where they hang
 targets.py   which of them an adapter changes: patterns, presets, one value per pattern
 adapter.py   Adapter: inject, eject, strength, parameters, state, load
 tokens.py    TokenRows: learned rows of new words, beside a text encoder's frozen table
 state.py     AdapterState: an adapter as plain data
+memory.py    one large block for many tensors
 algebra.py   merge into a base's weights, and the exact way back
 factors.py   a change as a thin product: its singular values, its norm, how much of it to keep
 mix.py       several adapters become one; what one does and another does not

@@ -6,13 +6,16 @@ taking it away leaves nothing behind.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from scumble.adapters.delta import Delta
+from scumble.adapters.dial import Dial, check_samples
 from scumble.adapters.operate import Layer
+from scumble.adapters.stack import Stack, stack_of
 from scumble.errors import AdapterError
 
 
@@ -24,13 +27,12 @@ def _of_base(name: str) -> Any:
 class Adapted(nn.Module):
     """base(x) + the sum over adapters of strength * output_delta(x).
 
-    A strength is a number, or one number per sample (B,), so that one batch may serve many adapters. When the
-    layer is called with a multiple of B samples, the strengths are repeated as a block: [s0, s1] for four
-    samples is [s0, s1, s0, s1]. That is the order in which classifier-free guidance repeats a batch
-    (`torch.cat([latents] * 2)`).
+    A strength is a number, or one number per sample (B,), so that one batch may serve many adapters: without
+    gradients, a sample costs what its own adapters cost (see `dial.py` for how strengths are repeated).
 
-    Laws: with every strength 0 the output is bit-identical to the base's. Deltas do not see each other (each
-    is given the base's own output), so the sum does not depend on their order, beyond rounding.
+    Laws: with every strength 0 the output is bit-identical to the base's; a sample of strength 0 has the bits of
+    the base's output. Deltas do not see each other (each is given the base's own output), so the sum does not
+    depend on their order, beyond rounding.
     """
 
     weight = _of_base("weight")
@@ -45,21 +47,29 @@ class Adapted(nn.Module):
     padding_mode = _of_base("padding_mode")
     dilation = _of_base("dilation")
     groups = _of_base("groups")
+    normalized_shape = _of_base("normalized_shape")
+    num_groups = _of_base("num_groups")
+    num_channels = _of_base("num_channels")
+    eps = _of_base("eps")
 
     base: Layer
     deltas: nn.ModuleDict
-    strengths: dict[str, float | Tensor]
+    dials: dict[str, Dial]
+    """Key of a delta -> how strongly it acts; an adapter's layers share one."""
+    _read: int | None
+    """`Dial.turned` when `_acting` was made."""
+    _acting: tuple[tuple[Delta, Dial], ...]
+    _stack: Stack | None
 
     def __init__(self, base: Layer) -> None:
         """Wraps `base` with no delta yet; takes over its train or eval mode."""
         super().__init__()
-        self.base = base
-        self.deltas = nn.ModuleDict()
-        self.strengths = {}
-        self.training = base.training
+        # past torch's own __setattr__, which takes a good part of a load's time
+        self._modules.update(base=base, deltas=nn.ModuleDict())
+        self.__dict__.update(dials={}, _read=None, _acting=(), _stack=None, training=base.training)
 
-    def add(self, name: str, delta: Delta, strength: float | Tensor = 1.0) -> None:
-        """Add `delta` under the adapter's name.
+    def add(self, name: str, delta: Delta, strength: float | Tensor | Dial = 1.0) -> None:
+        """Add `delta` under the adapter's name; a dial may be shared with other layers.
 
         Raises:
             AdapterError: the layer already has a delta of that name.
@@ -69,16 +79,23 @@ class Adapted(nn.Module):
                 f"This layer already has an adapter {name!r}. Eject it first, or choose another name."
             )
         self.deltas[module_key(name)] = delta
-        self.strengths[module_key(name)] = strength
+        self.dials[module_key(name)] = strength if isinstance(strength, Dial) else Dial(strength)
+        self._read = None
 
     def remove(self, name: str) -> None:
         """Take the delta called `name` off."""
         del self.deltas[module_key(name)]
-        del self.strengths[module_key(name)]
+        del self.dials[module_key(name)]
+        self._read, self._acting, self._stack = None, (), None
+
+    @property
+    def strengths(self) -> dict[str, float | Tensor]:
+        """Key of a delta -> its strength now: a number, or (B,)."""
+        return {key: dial.value for key, dial in self.dials.items()}
 
     def set_strength(self, name: str, strength: float | Tensor) -> None:
-        """Set the strength of the adapter called `name`: a number, or (B,)."""
-        self.strengths[module_key(name)] = strength
+        """Set the strength of the adapter called `name`, in all layers that share its dial."""
+        self.dials[module_key(name)].value = strength
 
     def __contains__(self, name: str) -> bool:
         return module_key(name) in self.deltas
@@ -89,20 +106,51 @@ class Adapted(nn.Module):
         Raises:
             AdapterError: the number of samples in `x` is no multiple of the number of strengths.
         """
+        whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if whole:
+            acting = self._find()
+        else:
+            if self._read != Dial.turned:
+                self._acting, self._read = self._find(), Dial.turned
+            acting = self._acting
+        single = len(acting) == 1 and (whole or not isinstance(acting[0][1].value, Tensor))
+        if not whole and (single or not acting):
+            self._stack = None
         # A strength of 0 skips the delta, so that the base's output comes through untouched, bit for bit.
-        live = [
-            (self.deltas[key], s) for key, s in self.strengths.items() if isinstance(s, Tensor) or s != 0.0
-        ]
-        if not live:
+        if not acting:
             return self.base(x)
-        if len(live) == 1:  # the family may do base and change in one
-            delta, strength = live[0]
-            return delta(x, self.base, _per_sample(strength, x))
+        if single:  # the family may do base and change in one
+            delta, dial = acting[0]
+            return delta(x, self.base, _per_sample(dial.value, x))
+        return self._sum(x, acting) if whole else self._add_up(x, acting)
+
+    def _find(self) -> tuple[tuple[Delta, Dial], ...]:
+        """The deltas that act, in the order in which they are added."""
+        acting = [(cast(Delta, self.deltas[key]), dial) for key, dial in self.dials.items() if dial.acts]
+        return tuple(sorted(acting, key=lambda pair: pair[1].turn))
+
+    def _sum(self, x: Tensor, acting: tuple[tuple[Delta, Dial], ...]) -> Tensor:
+        """As a sum that gradients and compilers see through: every delta is computed for the whole batch."""
         y = self.base(x)
         total = y
-        for delta, strength in live:
-            assert isinstance(delta, Delta)
-            total = total + (_per_sample(strength, x) * delta.output_delta(x, y, self.base)).to(y.dtype)
+        for delta, dial in acting:
+            total = total + (_per_sample(dial.value, x) * delta.output_delta(x, y, self.base)).to(y.dtype)
+        return total
+
+    def _add_up(self, x: Tensor, acting: tuple[tuple[Delta, Dial], ...]) -> Tensor:
+        """In place; all of them at once, or each delta for those samples alone at which it acts."""
+        y: Tensor = self.base(x)
+        self._stack = stack_of(acting, x, y, self.base, self._stack)
+        if self._stack is not None:
+            return self._stack.add_to(y, x)
+        total = y.clone() if len(acting) > 1 and any(delta.reads_output for delta, _ in acting) else y
+        for delta, dial in acting:
+            if not isinstance(dial.value, Tensor):
+                delta.add_to(total, x, y, self.base, dial.value)
+                continue
+            for piece in dial.pieces(x):
+                rows = piece.rows
+                delta.add_to(total[rows], x[rows], y[rows], self.base, _per_sample(piece.strength, x[rows]))
         return total
 
     def extra_repr(self) -> str:
@@ -118,13 +166,8 @@ def _per_sample(strength: float | Tensor, x: Tensor) -> float | Tensor:
     """A number as it is; (B,) as (N, 1, ..., 1) with N the samples in `x` and as many dimensions as `x`."""
     if not isinstance(strength, Tensor):
         return strength
-    samples, count = x.shape[0], strength.shape[0]
-    if x.dim() < 2 or samples % count:
-        raise AdapterError(
-            f"{count} per-sample strengths can't be shared out over an input of shape {tuple(x.shape)}. "
-            f"Give one number, or as many strengths as samples (or a divisor: they are repeated as a block)."
-        )
-    return strength.to(x.device).repeat(samples // count).view(-1, *(1 for _ in x.shape[1:]))
+    check_samples(strength, x)
+    return strength.to(x.device).repeat(x.shape[0] // len(strength)).view(-1, *(1 for _ in x.shape[1:]))
 
 
 def module_key(name: str) -> str:
@@ -155,6 +198,6 @@ def check_strength(strength: float | Tensor) -> float | Tensor:
             raise AdapterError(f"A strength must be finite; these are {strength.tolist()}.")
         return values
     number = float(strength)
-    if not torch.isfinite(torch.tensor(number)):
+    if not math.isfinite(number):
         raise AdapterError(f"A strength must be finite; this one is {number}.")
     return number

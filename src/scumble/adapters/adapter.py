@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Self
 
@@ -11,11 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from scumble.adapters.adapted import Adapted, check_strength
-from scumble.adapters.delta import Delta, DeltaSettings
+from scumble.adapters.biased import delta_of
+from scumble.adapters.delta import Delta, DeltaSettings, wide
+from scumble.adapters.dial import Dial
 from scumble.adapters.families import FAMILIES
 from scumble.adapters.layers import Place, places
 from scumble.adapters.lora import LoraSettings
-from scumble.adapters.state import AdapterState, LayerPath, Metadata
+from scumble.adapters.memory import block
+from scumble.adapters.operate import Layer
+from scumble.adapters.state import AdapterState, LayerPath, LayerState, Metadata, not_finite
 from scumble.adapters.targets import Matched, per_layer, resolve
 from scumble.adapters.tokens import TokenRows, Vocabulary
 from scumble.errors import AdapterError, NotFinite
@@ -70,6 +75,8 @@ class Adapter:
         self.tokens = tokens
         self._roots = dict(roots)
         self._strength = check_strength(strength)
+        self._dial = Dial(self._strength)
+        """What the layers read: the strength, or 0 while disabled."""
         self._places: dict[LayerPath, Place] | None = None
 
     @classmethod
@@ -125,6 +132,8 @@ class Adapter:
         strength: float | Tensor = 1.0,
         trainable: bool = False,
         vocabularies: Mapping[str, Vocabulary] | None = None,
+        there: Mapping[LayerPath, Place] | None = None,
+        finite: bool = False,
     ) -> Self:
         """The adapter that `state` describes, in this model. Its tensors are copied, to fp32 at least.
 
@@ -135,6 +144,8 @@ class Adapter:
             strength: a number, or (B,), one per sample.
             trainable: False sets requires_grad False and eval mode (no dropout).
             vocabularies: text encoder's name -> its words, where the state's learned tokens come in.
+            there: what `places(roots, norms=True)` gives, where the caller has just asked.
+            finite: the caller knows that all numbers are, as `formats.read` has made sure: they are not read again.
 
         Raises:
             AdapterError: a layer is not there, its tensors don't fit, the name is taken, or the state holds
@@ -150,7 +161,7 @@ class Adapter:
             )
         if not state.layers and not state.tokens:
             raise AdapterError("This adapter changes no layer: its state is empty.")
-        there = places(roots)
+        there = places(roots, norms=True) if there is None else there
         missing = [path for path in state.layers if path not in there]
         if missing:
             raise AdapterError(
@@ -158,17 +169,19 @@ class Adapter:
                 f"e.g. {missing[0]!r}. The model's parts are {', '.join(roots)}; "
                 "the adapter may be for another base."
             )
-        _check_finite(state)
+        if not finite:
+            _check_finite(state)
         deltas: dict[LayerPath, Delta] = {}
-        for path in (path for path in there if path in state.layers):
-            layer_state = state.layers[path]
+        copies = _copied(state.layers)
+        for path in (path for path in there if path in copies):
+            layer_state = copies[path]
             with naming(path):
-                deltas[path] = FAMILIES.get(layer_state.family).from_state(there[path].layer, layer_state)
+                deltas[path] = delta_of(there[path].layer, layer_state, copy=False)
             deltas[path].requires_grad_(trainable).train(trainable)
         tokens = None
         if state.tokens and vocabularies is not None:
             tokens = TokenRows(name, roots, vocabularies, state.tokens, trainable=trainable)
-        return cls(name, roots, deltas, strength=strength, tokens=tokens).attach()
+        return cls(name, roots, deltas, strength=strength, tokens=tokens)._attach(there)
 
     # Being in the model
 
@@ -185,7 +198,9 @@ class Adapter:
         """
         if self.attached:
             raise AdapterError(f"Adapter {self.name!r} is already in the model.")
-        there = places(self._roots)
+        return self._attach(places(self._roots, norms=True))
+
+    def _attach(self, there: Mapping[LayerPath, Place]) -> Self:
         for path, place in there.items():
             if isinstance(place.holder, Adapted) and self.name in place.holder:
                 raise AdapterError(
@@ -204,8 +219,9 @@ class Adapter:
                 if not isinstance(holder, Adapted):
                     holder = Adapted(there[path].layer)
                     there[path].hang(holder)
-                holder.add(self.name, delta, self._strength)
-            if self.tokens is not None and _acts(self._strength) and not self.tokens.attached:
+                holder.add(self.name, delta, self._dial)
+            self._dial.value = self._strength
+            if self.tokens is not None and self._dial.acts and not self.tokens.attached:
                 self.tokens.attach()
         self._places = {path: there[path] for path in self.deltas}
         return self
@@ -241,7 +257,8 @@ class Adapter:
 
     @property
     def strength(self) -> float | Tensor:
-        """How much of the change is applied: a number (1 is as trained), or (B,), one per sample."""
+        """How much of the change is applied: a number (1 is as trained), or (B,), one per sample. Setting it is one
+        assignment, whatever the number of layers; no weight is copied."""
         return self._strength
 
     @strength.setter
@@ -259,16 +276,26 @@ class Adapter:
         finally:
             self._apply_strength(self._strength)
 
+    @property
+    def turn(self) -> int:
+        """Its place in the order in which adapters are added up; 0 unless set. See `Dial.turn`."""
+        return self._dial.turn
+
+    @turn.setter
+    def turn(self, turn: int) -> None:
+        self._dial.turn = turn
+
     def _apply_strength(self, strength: float | Tensor) -> None:
-        if self.tokens is not None and self.attached and self.tokens.attached != _acts(strength):
-            if _acts(strength):
-                self.tokens.attach()
-            else:
-                self.tokens.eject()
-        for place in (self._places or {}).values():
-            holder = place.holder
-            assert isinstance(holder, Adapted)
-            holder.set_strength(self.name, strength)
+        before, self._dial.value = self._dial.value, strength
+        if self.tokens is not None and self.attached and self.tokens.attached != self._dial.acts:
+            try:
+                if self._dial.acts:
+                    self.tokens.attach()
+                else:
+                    self.tokens.eject()
+            except BaseException:
+                self._dial.value = before
+                raise
 
     # Values
 
@@ -332,12 +359,8 @@ class Adapter:
     @torch.no_grad()
     def idle_layers(self) -> list[LayerPath]:
         """The layers whose change is exactly zero: all of them before training, none after."""
-        layers = places(self._roots)
-        return [
-            path
-            for path, delta in self.deltas.items()
-            if not delta.weight_delta(layers[path].layer.weight).any()
-        ]
+        layers = places(self._roots, norms=True)
+        return [path for path, delta in self.deltas.items() if not _changes(delta, layers[path].layer)]
 
     def touches(self, layers: Iterable[nn.Module]) -> bool:
         """Whether the adapter is attached to one of these very layers."""
@@ -362,9 +385,10 @@ class Adapter:
         return self._places
 
 
-def _acts(strength: float | Tensor) -> bool:
-    """Whether an adapter of this strength changes anything."""
-    return isinstance(strength, Tensor) or strength != 0.0
+def _changes(delta: Delta, layer: Layer) -> bool:
+    """Whether anything of the change is not zero."""
+    bias = delta.bias_delta(layer.bias)
+    return bool(delta.weight_delta(layer.weight).any()) or (bias is not None and bool(bias.any()))
 
 
 def _detach(name: str, place: Place) -> None:
@@ -373,7 +397,7 @@ def _detach(name: str, place: Place) -> None:
     if isinstance(holder, Adapted):
         if name in holder:
             holder.remove(name)
-        if not holder.strengths:
+        if not holder.dials:
             place.hang(place.layer)
 
 
@@ -394,14 +418,41 @@ def naming(path: LayerPath) -> Iterator[None]:
         raise type(error)(f"{path}: {error}") from error
 
 
+def _copied(layers: Mapping[LayerPath, LayerState]) -> dict[LayerPath, LayerState]:
+    """The same layers in memory of their own, fp32 at least, in one block a dtype."""
+    sizes: dict[torch.dtype, list[int]] = {}
+    for layer in layers.values():
+        for tensor in layer.tensors.values():
+            sizes.setdefault(wide(tensor.dtype), []).append(_padded(tensor.numel()))
+    pieces = {
+        dtype: iter(block(sum(each) * dtype.itemsize).view(dtype).split(each))
+        for dtype, each in sizes.items()
+    }
+
+    def copied(tensor: Tensor) -> Tensor:
+        mine, count = next(pieces[wide(tensor.dtype)]), tensor.numel()
+        mine = mine if mine.numel() == count else mine[:count]
+        return mine.view(tensor.shape).copy_(tensor.detach())
+
+    return {
+        path: replace(layer, tensors={name: copied(tensor) for name, tensor in layer.tensors.items()})
+        for path, layer in layers.items()
+    }
+
+
+def _padded(count: int) -> int:
+    """Numbers up to the next multiple of 16, where the next tensor may begin: 64 bytes at least."""
+    return -(-count // 16) * 16
+
+
 def _check_finite(state: AdapterState) -> None:
-    bad = [
-        f"{path}.{name}"
-        for path, layer in state.layers.items()
-        for name, tensor in layer.tensors.items()
-        # torch can't ask this of 8-bit floats
-        if not bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all())
-    ]
+    bad = not_finite(
+        {
+            f"{path}.{name}": tensor
+            for path, layer in state.layers.items()
+            for name, tensor in layer.tensors.items()
+        }
+    )
     if bad:
         raise NotFinite(
             f"{len(bad)} tensors hold NaN or infinity, first {bad[0]!r}. The model was not changed. "

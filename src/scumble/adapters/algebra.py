@@ -4,13 +4,19 @@ Legend: W0 a layer's weight before any merge; s an adapter's strength; d(W0) its
 
     W = W0 + sum over merged adapters of s * d(W0)        summed in fp32, rounded once to the base's dtype
 
+and as much for the bias, where adapters change it.
+
 Subtracting what was added does not give W0 back in fp16 (nor in fp32). So W0 is kept, as the very same
-parameter object, and put back when the last merge is undone; a merge undone in the middle makes W again from
-W0 and the rest.
+parameter object, and put back when the last merge is undone, which copies nothing; a merge undone in the middle
+makes W again from W0 and the rest. Its price is memory: while merged, each changed weight is there twice (187 MB in
+fp16 for the attention layers of SD 1.5, 374 in fp32).
+
+A merge reads W0 once and writes W once; what is in between happens layer by layer, in the processor's cache.
 """
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from scumble.adapters.adapter import Adapter, naming
+from scumble.adapters.biased import delta_of
 from scumble.adapters.delta import Delta
 from scumble.adapters.layers import layers_of
 from scumble.adapters.operate import Layer
-from scumble.adapters.state import LayerPath
+from scumble.adapters.state import LayerPath, LayerState
 from scumble.errors import AdapterError
 
 
@@ -38,6 +45,7 @@ class _Ledger:
     """A merged layer's own weight, and what is added to it now, in the order of the merges."""
 
     original: nn.Parameter
+    bias: nn.Parameter | None
     shares: dict[Merged, _Share] = field(default_factory=dict)
 
 
@@ -47,8 +55,8 @@ _LEDGERS: weakref.WeakKeyDictionary[nn.Module, _Ledger] = weakref.WeakKeyDiction
 class Merged:
     """Adapters merged into a base. `undo` gives the base back, bit for bit; so does leaving a `with` block.
 
-    Law: after every merge of a layer is undone, in any order, its `weight` is the very same parameter object
-    with the very same bits, in any dtype, and the adapters are attached as before.
+    Law: after every merge of a layer is undone, in any order, its `weight` and `bias` are the very same parameter
+    objects with the very same bits, in any dtype, and the adapters are attached as before.
     """
 
     def __init__(self, layers: Mapping[LayerPath, Layer], ejected: Sequence[Adapter]) -> None:
@@ -70,16 +78,18 @@ class Merged:
         """
         if not self.active:
             raise AdapterError("This merge was undone before.")
-        weights: list[tuple[Layer, nn.Parameter]] = []
+        made: list[tuple[Layer, nn.Parameter, nn.Parameter | None]] = []
         for path, layer in self._layers.items():
             ledger = _LEDGERS[layer]
             _follow(ledger.original, layer)
+            if ledger.bias is not None:
+                _follow(ledger.bias, layer)
             rest = [share for merged, share in ledger.shares.items() if merged is not self]
-            weights.append((layer, _weight(path, ledger.original, rest)))
-        for layer, weight in weights:
+            made.append((layer, _weight(path, ledger.original, rest), _bias(path, ledger, rest)))
+        for layer, weight, bias in made:
             ledger = _LEDGERS[layer]
             del ledger.shares[self]
-            layer.weight = weight
+            layer.weight, layer.bias = weight, bias
             if not ledger.shares:
                 del _LEDGERS[layer]
         self.active = False
@@ -112,7 +122,7 @@ def merge(adapters: Adapter | Sequence[Adapter], roots: Mapping[str, nn.Module])
             would not be finite. Nothing is changed then.
     """
     adapters = (adapters,) if isinstance(adapters, Adapter) else tuple(adapters)
-    layers = layers_of(roots)
+    layers = layers_of(roots, norms=True)
     parts: dict[LayerPath, list[tuple[Delta, float]]] = {}
     for adapter in adapters:
         strength = adapter.strength
@@ -136,30 +146,54 @@ def merge(adapters: Adapter | Sequence[Adapter], roots: Mapping[str, nn.Module])
             if strength != 0.0:
                 # A copy: the adapter may train on, the merge stays what it was.
                 with naming(path):
-                    frozen = type(delta).from_state(layers[path], delta.state()).requires_grad_(False).eval()
-                parts.setdefault(path, []).append((frozen, strength))
+                    parts.setdefault(path, []).append((_snapshot(delta, layers[path]), strength))
     changed = {path: layer for path, layer in layers.items() if path in parts}
-    weights: dict[LayerPath, nn.Parameter] = {}
+    made: dict[LayerPath, tuple[nn.Parameter, nn.Parameter | None]] = {}
     for path, layer in changed.items():
-        ledger = _LEDGERS.get(layer)
-        before = [] if ledger is None else list(ledger.shares.values())
-        original = _parameter(layer) if ledger is None else _follow(ledger.original, layer)
-        weights[path] = _weight(path, original, [*before, _Share(tuple(parts[path]))])
+        ledger = _LEDGERS.get(layer) or _Ledger(_parameter(layer), _own_bias(layer))
+        _follow(ledger.original, layer)
+        if ledger.bias is not None:
+            _follow(ledger.bias, layer)
+        shares = [*ledger.shares.values(), _Share(tuple(parts[path]))]
+        made[path] = _weight(path, ledger.original, shares), _bias(path, ledger, shares)
     ejected = [adapter for adapter in adapters if adapter.touches(layers.values())]
     merged = Merged(changed, ejected)
     for adapter in ejected:
         adapter.eject()
     for path, layer in changed.items():
-        ledger = _LEDGERS.setdefault(layer, _Ledger(_parameter(layer)))
+        ledger = _LEDGERS.setdefault(layer, _Ledger(_parameter(layer), _own_bias(layer)))
         ledger.shares[merged] = _Share(tuple(parts[path]))
-        layer.weight = weights[path]
+        layer.weight, layer.bias = made[path]
     return merged
+
+
+def _snapshot(delta: Delta, layer: Layer) -> Delta:
+    """A frozen copy, made in a fraction of the time of a new one; it fits the layer.
+
+    Raises:
+        AdapterError: it doesn't.
+    """
+    if delta._modules:  # one in another
+        return delta_of(layer, delta.state()).requires_grad_(False).eval()
+    tensors = dict(delta.named_parameters())
+    delta.check_fits(layer, LayerState(delta.family, delta.rank, delta.alpha, tensors, delta.rank_stabilized))
+    twin = copy.copy(delta)
+    twin.__dict__["_parameters"] = {
+        name: nn.Parameter(tensor.detach().clone(), requires_grad=False) for name, tensor in tensors.items()
+    }
+    return twin.eval()
 
 
 def _parameter(layer: Layer) -> nn.Parameter:
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
     return weight
+
+
+def _own_bias(layer: Layer) -> nn.Parameter | None:
+    bias = layer.bias
+    assert bias is None or isinstance(bias, nn.Parameter)
+    return bias
 
 
 def _follow(original: nn.Parameter, layer: Layer) -> nn.Parameter:
@@ -174,15 +208,42 @@ def _weight(path: LayerPath, original: nn.Parameter, shares: Iterable[_Share]) -
     parts = [part for share in shares for part in share.parts]
     if not parts:
         return original
-    wide = original.detach().to(torch.promote_types(original.dtype, torch.float32))
-    total = wide.clone()
+    dtype = torch.promote_types(original.dtype, torch.float32)
+    total = original.detach().to(dtype, copy=True)
     for delta, strength in parts:
-        total += strength * delta.to(wide.device).weight_delta(wide)
-    rounded = total.to(original.dtype)
-    if not bool(torch.isfinite(rounded).all()):
+        _on(delta, total.device).add_change(total, original.detach(), strength)
+    return _rounded(f"the weight of {path!r}", total, original)
+
+
+@torch.no_grad()
+def _bias(path: LayerPath, ledger: _Ledger, shares: Iterable[_Share]) -> nn.Parameter | None:
+    """The bias with what adapters add to it as a new parameter; its own, or none, when there is nothing to add."""
+    original, like = ledger.bias, ledger.original
+    wide = None if original is None else original.detach().to(torch.promote_types(like.dtype, torch.float32))
+    changes = [
+        strength * change
+        for share in shares
+        for delta, strength in share.parts
+        if (change := _on(delta, like.device).bias_delta(wide)) is not None
+    ]
+    if not changes:
+        return original
+    total = sum(changes[1:], changes[0])
+    return _rounded(f"the bias of {path!r}", total if wide is None else wide + total, like)
+
+
+def _on(delta: Delta, device: torch.device) -> Delta:
+    """`delta`, on that device; torch's own `to` takes as long as merging a small layer."""
+    return delta if next(delta.parameters()).device == device else delta.to(device)
+
+
+def _rounded(what: str, total: Tensor, like: nn.Parameter) -> nn.Parameter:
+    """`total` as a parameter in the dtype of `like`."""
+    rounded = total.to(like.dtype)
+    # The sum first: asking every number takes longer than the merge. NaN and infinity can't hide in it.
+    if not bool(rounded.sum().isfinite()) and not bool(torch.isfinite(rounded).all()):
         raise AdapterError(
-            f"Merging would make the weight of {path!r} infinite or NaN in "
-            f"{str(original.dtype).removeprefix('torch.')}. "
+            f"Merging would make {what} infinite or NaN in {str(like.dtype).removeprefix('torch.')}. "
             "The model was not changed. Lower the strength, or check the adapter."
         )
-    return nn.Parameter(rounded, requires_grad=original.requires_grad)
+    return nn.Parameter(rounded, requires_grad=like.requires_grad)

@@ -54,17 +54,25 @@ class Delta(nn.Module, ABC):
     """The family's name in the registry and in files."""
     settings: ClassVar[type[DeltaSettings]]
     """The family's settings section."""
+    rank: int
+    alpha: float
+    rank_stabilized: bool
+    scale: float
+    """What the change is multiplied by: alpha / r, or alpha / sqrt(r) when rank-stabilized."""
+    reads_output: ClassVar[bool] = True
+    """Whether `output_delta` looks at y."""
 
     def __init__(
         self, tensors: Mapping[str, Tensor], *, rank: int, alpha: float, rank_stabilized: bool = False
     ) -> None:
         """`tensors` become the parameters, copied to fp32 (or kept when they are already fp32 or fp64)."""
         super().__init__()
-        self.rank, self.alpha, self.rank_stabilized = rank, float(alpha), rank_stabilized
-        self.scale: float = LayerState(self.family, rank, self.alpha, {}, rank_stabilized).scale
-        """What the change is multiplied by: alpha / r, or alpha / sqrt(r) when rank-stabilized."""
+        alpha = float(alpha)
+        scale = LayerState(self.family, rank, alpha, {}, rank_stabilized).scale
+        # past torch's own __setattr__ and its questions, hundreds of which take a good part of a load's time
+        self.__dict__.update(rank=rank, alpha=alpha, rank_stabilized=rank_stabilized, scale=scale)
         for name, tensor in tensors.items():
-            self.register_parameter(name, nn.Parameter(_at_least_fp32(tensor)))
+            self._parameters[name] = nn.Parameter(tensor.detach().to(wide(tensor.dtype)))
 
     # What a family writes
 
@@ -102,6 +110,10 @@ class Delta(nn.Module, ABC):
         use goes through this method."""
         return ()
 
+    def bias_delta(self, bias: Tensor | None) -> Tensor | None:
+        """The change to the layer's bias, (out,), which `output_delta` then has in it; None where there is none."""
+        return None
+
     # What a family may write faster
 
     def output_delta(self, x: Tensor, y: Tensor, base: Layer) -> Tensor:
@@ -118,6 +130,24 @@ class Delta(nn.Module, ABC):
         """
         y = base(x)
         return y + (strength * self.output_delta(x, y, base)).to(y.dtype)
+
+    def add_to(self, total: Tensor, x: Tensor, y: Tensor, base: Layer, strength: float | Tensor) -> None:
+        """total += strength * output_delta, in place and without gradients.
+
+        Args:
+            total: as y; y itself where nobody needs it afterwards.
+            strength: as for `forward`.
+        """
+        total.add_((strength * self.output_delta(x, y, base)).to(total.dtype))
+
+    def add_change(self, total: Tensor, weight: Tensor, strength: float) -> None:
+        """total += strength * weight_delta(weight), in place.
+
+        Args:
+            total: fp32 (or fp64), the shape of `weight`.
+            weight: the base's, in its own dtype.
+        """
+        total.add_(self.weight_delta(weight.to(total.dtype)), alpha=strength)
 
     @classmethod
     def thin(cls, state: LayerState) -> tuple[Tensor, Tensor, tuple[int, ...]] | None:
@@ -140,14 +170,18 @@ class Delta(nn.Module, ABC):
         return delta.to(base.weight.device)
 
     @classmethod
-    def from_state(cls, base: Layer, state: LayerState) -> Self:
-        """The delta that `state` describes, on the device of `base`. The tensors are copied.
+    def from_state(cls, base: Layer, state: LayerState, *, copy: bool = True) -> Self:
+        """The delta that `state` describes, on the device of `base`. The tensors are copied; without `copy`, those
+        that are fp32 or fp64 and on that device are taken as they are.
 
         Raises:
             AdapterError: the tensors are not those of this family, or don't fit the layer.
         """
-        cls._expect(base, state)
-        tensors = {name: tensor.to(base.weight.device, copy=True) for name, tensor in state.tensors.items()}
+        cls.check_fits(base, state)
+        device = base.weight.device
+        tensors = {
+            name: tensor.to(device, wide(tensor.dtype), copy=copy) for name, tensor in state.tensors.items()
+        }
         return cls(tensors, rank=state.rank, alpha=state.alpha, rank_stabilized=state.rank_stabilized)
 
     def state(self) -> LayerState:
@@ -189,7 +223,11 @@ class Delta(nn.Module, ABC):
         return {}
 
     @classmethod
-    def _expect(cls, base: Layer, state: LayerState) -> None:
+    def check_fits(cls, base: Layer, state: LayerState) -> None:
+        """
+        Raises:
+            AdapterError: the tensors of `state` are not those of this family, or don't fit the layer.
+        """
         expected = cls.expected_shapes(base, state)
         given = {name: tuple(tensor.shape) for name, tensor in state.tensors.items()}
         if expected != given:
@@ -214,9 +252,9 @@ class Delta(nn.Module, ABC):
         )
 
 
-def _at_least_fp32(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of parameters whose file has `dtype`: fp32, or fp64."""
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:

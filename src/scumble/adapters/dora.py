@@ -38,6 +38,7 @@ class Dora(Magnitude, Lora):
 
     family: ClassVar[str] = "dora"
     settings: ClassVar[type[DeltaSettings]] = DoraSettings
+    reads_output: ClassVar[bool] = True
 
     @classmethod
     def shapes(cls, base: Layer, rank: int) -> dict[str, tuple[int, ...]]:

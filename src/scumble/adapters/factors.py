@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from scumble.adapters.biased import changes_bias
 from scumble.adapters.families import FAMILIES
 from scumble.adapters.lora import Lora
 from scumble.adapters.operate import Layer
@@ -146,8 +147,9 @@ def factors_of(path: LayerPath, layer: LayerState, weights: Weights | None = Non
     exact to rounding.
 
     Raises:
-        AdapterError: the family needs the base's weight, and `weights` has none.
+        AdapterError: the family needs the base's weight, and `weights` has none; or it changes more than a weight.
     """
+    refuse_other_than_weights(path, layer)
     thin = FAMILIES.get(layer.family).thin(layer)
     if thin is not None:
         return Factors(thin[0].double(), thin[1].double())
@@ -159,8 +161,10 @@ def change_of(path: LayerPath, layer: LayerState, weights: Weights | None = None
     """The change of one layer as a full matrix: fp32 or fp64, in the shape of its weight, scale included.
 
     Raises:
-        AdapterError: the family needs the base's weight, and `weights` has none; or it does not fit.
+        AdapterError: the family needs the base's weight, and `weights` has none; it does not fit; or it changes
+            more than a weight.
     """
+    refuse_other_than_weights(path, layer)
     family = FAMILIES.get(layer.family)
     weight = None if weights is None or path not in weights else weights[path]
     thin = family.thin(layer)
@@ -176,6 +180,22 @@ def change_of(path: LayerPath, layer: LayerState, weights: Weights | None = None
     with torch.no_grad():
         delta = family.from_state(_shell(wide), layer).eval()
         return delta.weight_delta(wide).detach()
+
+
+def refuse_other_than_weights(path: LayerPath, layer: LayerState) -> None:
+    """Refuse a layer whose change is not that of a weight alone, where nothing else can be kept.
+
+    Raises:
+        AdapterError: it changes a bias, or a normalisation.
+    """
+    diff = layer.tensors.get("diff")
+    norm = layer.family == "full" and diff is not None and diff.dim() == 1
+    if norm or changes_bias(layer):
+        raise AdapterError(
+            f"{path!r} is changed in its {'normalisation' if norm else 'bias'}, which can't be mixed, resized, "
+            "compared or merged into a base's file: only changes of weights can. Load the adapter beside the base "
+            "instead, at any strength."
+        )
 
 
 def shape_of(path: LayerPath, layer: LayerState, weights: Weights | None = None) -> tuple[int, ...]:

@@ -18,6 +18,8 @@ FAMILIES: Registry[type[Delta]] = Registry(
         "lokr": "scumble.adapters.lokr:Lokr",
         "full": "scumble.adapters.full:Full",
         "ia3": "scumble.adapters.ia3:Ia3",
+        "oft": "scumble.adapters.oft:Oft",
+        "boft": "scumble.adapters.boft:Boft",
     },
 )
 """Name -> Delta class. Outsiders add to it by an entry point in the group `scumble.adapter_family`."""

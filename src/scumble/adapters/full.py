@@ -4,7 +4,8 @@
 
 Legend: W the base's weight; s the scale, alpha / rank: 1 unless the two are set apart.
 
-It holds exactly what no low-rank family can: the difference of two fine-tunes, a change read from a file.
+It holds exactly what no low-rank family can: the difference of two fine-tunes, a change read from a file. It is the
+one family that normalisations may have: (channels,), as files hold them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from scumble.adapters.delta import Delta, DeltaSettings
 from scumble.adapters.operate import Layer
+from scumble.adapters.state import LayerState
 
 
 class FullSettings(DeltaSettings):
@@ -34,17 +36,24 @@ class Full(Delta):
     family: ClassVar[str] = "full"
     settings: ClassVar[type[DeltaSettings]] = FullSettings
 
-    diff: nn.Parameter
-
     @classmethod
     def shapes(cls, base: Layer, rank: int) -> dict[str, tuple[int, ...]]:
         """The weight's own."""
         return {"diff": tuple(base.weight.shape)}
 
+    @classmethod
+    def expected_shapes(cls, base: Layer, state: LayerState) -> dict[str, tuple[int, ...]]:
+        """The weight's own; nothing where a file changes the bias alone."""
+        return cls.shapes(base, state.rank) if "diff" in state.tensors else {}
+
     def reset(self, generator: torch.Generator) -> None:
         """Zero."""
-        nn.init.zeros_(self.diff)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
     def weight_delta(self, weight: Tensor) -> Tensor:
         """s diff, in the parameters' dtype."""
-        return self.scale * self.diff
+        diff = self._parameters.get("diff")
+        if diff is None:
+            return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        return self.scale * diff

@@ -6,7 +6,7 @@ whether or not the model is wrapped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from scumble.adapters.adapted import Adapted
-from scumble.adapters.operate import Layer, is_layer
+from scumble.adapters.operate import Layer, is_layer, is_norm
 from scumble.adapters.state import LayerPath
 from scumble.adapters.tokens import TokenTable
+
+_UNREAD = "_scumble_unread"
+"""The attribute of layers that `mark_unread` was told of."""
 
 _COMPILED = "_orig_mod"
 """The attribute in which `torch.compile` keeps the module that it wraps."""
@@ -43,31 +46,47 @@ class Place:
     def hang(self, module: nn.Module) -> None:
         """Put `module` in every slot."""
         for parent, name in self.slots:
-            setattr(parent, name, module)
+            parent._modules[name] = module
 
 
-def places(roots: Mapping[str, nn.Module]) -> dict[LayerPath, Place]:
-    """Every layer below the roots, in the model's own order: path -> Place."""
+def places(roots: Mapping[str, nn.Module], *, norms: bool = False) -> dict[LayerPath, Place]:
+    """Every layer below the roots, in the model's own order: path -> Place; `norms` as for `layers_of`."""
     slots: dict[int, list[tuple[nn.Module, str]]] = {}
     paths: dict[int, tuple[LayerPath, Layer]] = {}
+    found: list[tuple[LayerPath, nn.Module, str, Layer]] = []
     for root, module in roots.items():
-        for path, parent, name, layer in _walk(module, root, set()):
-            slots.setdefault(id(layer), []).append((parent, name))
-            paths.setdefault(id(layer), (path, layer))
+        _walk(module, root, set(), found, norms)
+    for path, parent, name, layer in found:
+        slots.setdefault(id(layer), []).append((parent, name))
+        paths.setdefault(id(layer), (path, layer))
     return {path: Place(layer, tuple(slots[key])) for key, (path, layer) in paths.items()}
 
 
-def layers_of(roots: Mapping[str, nn.Module]) -> dict[LayerPath, Layer]:
+def layers_of(roots: Mapping[str, nn.Module], *, norms: bool = False) -> dict[LayerPath, Layer]:
     """Every linear and convolution layer of the model, without wrappers, in the model's own order.
 
     Args:
         roots: name -> module, e.g. `{"unet": unet, "text_encoder": text_encoder}`.
+        norms: normalisations as well, under the name of layers: files may hold changes of them.
 
     Returns:
         Path -> layer, e.g. "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q". A layer that
         hangs under two names is listed once, under the first.
     """
-    return {path: place.layer for path, place in places(roots).items()}
+    return {path: place.layer for path, place in places(roots, norms=norms).items()}
+
+
+def mark_unread(module: nn.Module) -> None:
+    """Say that nothing reads what `module` puts out: no gradient will reach its layers, so that targets don't mean
+    them. Files may hold changes of them nevertheless."""
+    for layer in module.modules():
+        if is_layer(layer):
+            layer.__dict__[_UNREAD] = True
+
+
+def is_unread(layer: nn.Module) -> bool:
+    """Whether `mark_unread` was told of this layer."""
+    return _UNREAD in layer.__dict__
 
 
 def base_state(root: nn.Module) -> dict[str, Tensor]:
@@ -90,18 +109,23 @@ def base_state(root: nn.Module) -> dict[str, Tensor]:
 
 
 def _walk(
-    module: nn.Module, path: LayerPath, seen: set[int]
-) -> Iterator[tuple[LayerPath, nn.Module, str, Layer]]:
+    module: nn.Module,
+    path: LayerPath,
+    seen: set[int],
+    found: list[tuple[LayerPath, nn.Module, str, Layer]],
+    norms: bool,
+) -> None:
+    """Fill `found` with (path, parent, attribute, layer). Every load walks the whole model: no generators."""
     if id(module) in seen:
         return
     seen.add(id(module))
+    distributed = isinstance(module, DistributedDataParallel)
     for name, child in module._modules.items():
         if child is None:
             continue
-        layer = child.base if isinstance(child, Adapted) else child
-        transparent = name == _COMPILED or isinstance(module, DistributedDataParallel)
-        below = path if transparent else f"{path}.{name}"
-        if is_layer(layer):
-            yield below, module, name, cast(Layer, layer)
+        layer = child._modules["base"] if isinstance(child, Adapted) else child
+        below = path if distributed or name == _COMPILED else f"{path}.{name}"
+        if is_layer(layer) or (norms and is_norm(layer)):
+            found.append((below, module, name, cast(Layer, layer)))
         else:
-            yield from _walk(child, below, seen)
+            _walk(child, below, seen, found, norms)

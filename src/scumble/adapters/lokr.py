@@ -113,7 +113,8 @@ class Lokr(Magnitude):
     def direction(self, weight: Tensor) -> Tensor:
         """s w1 (x) w2, in the parameters' dtype."""
         small, large = self._small(), self._large(weight)
-        return torch.kron(self.scale * small.view(*small.shape, *(1 for _ in large.shape[2:])), large)
+        small = self.scale * small.reshape(*small.shape, *(1 for _ in large.shape[2:]))
+        return torch.kron(small.contiguous(), large.contiguous())
 
     def direction_output(self, x: Tensor, y: Tensor, base: Layer) -> Tensor | None:
         """w2 on each of the c parts of x, then w1 across the parts."""

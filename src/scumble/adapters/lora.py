@@ -41,6 +41,7 @@ class Lora(Delta):
 
     family: ClassVar[str] = "lora"
     settings: ClassVar[type[DeltaSettings]] = LoraSettings
+    reads_output: ClassVar[bool] = False
 
     down: nn.Parameter
     up: nn.Parameter
@@ -78,6 +79,14 @@ class Lora(Delta):
     def weight_delta(self, weight: Tensor) -> Tensor:
         """s * up @ down, in the parameters' dtype."""
         return (self.scale * (self.up.flatten(1) @ self.down.flatten(1))).view(weight.shape)
+
+    def add_change(self, total: Tensor, weight: Tensor, strength: float) -> None:
+        """total += strength * s * up @ down, inside the product."""
+        up, down = self.up.flatten(1), self.down.flatten(1)
+        another = type(self).weight_delta is not Lora.weight_delta  # a family made from this one
+        if another or up.dtype != total.dtype or not total.is_contiguous():
+            return super().add_change(total, weight, strength)
+        total.flatten(1).addmm_(up, down, alpha=strength * self.scale)
 
     @classmethod
     def thin(cls, state: LayerState) -> tuple[Tensor, Tensor, tuple[int, ...]] | None:
@@ -117,6 +126,16 @@ class Lora(Delta):
             return _low_rank_linear(x, base.weight, base.bias, self.down, self.up, factor)[0]
         y: Tensor = base(x)
         return y + self._change(x, base, factor).to(y.dtype)
+
+    def add_to(self, total: Tensor, x: Tensor, y: Tensor, base: Layer, strength: float | Tensor) -> None:
+        """total += strength * output_delta; beside a linear layer inside the second product."""
+        dtype = compute_dtype(x)
+        thin = not (self.dropout and self.training) and total.is_contiguous() and total.dtype == dtype
+        if not (thin and isinstance(base, nn.Linear)):
+            return super().add_to(total, x, y, base, strength)
+        down, up = self.down.to(dtype), self.up.to(dtype)
+        h = _scaled(x.to(dtype).reshape(-1, x.shape[-1]) @ down.t(), self.scale * strength, x.shape)
+        total.view(-1, total.shape[-1]).addmm_(h, up.t())
 
     def _change(self, x: Tensor, base: Layer, factor: float | Tensor) -> Tensor:
         dtype = compute_dtype(x)

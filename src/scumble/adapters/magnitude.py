@@ -84,6 +84,12 @@ class Magnitude(Delta):
         plain = y if base.bias is None else y - base.bias.to(y.dtype).view_as(ratio)
         return (ratio - 1).to(y.dtype) * plain + ratio.to(change.dtype) * change
 
+    def add_to(self, total: Tensor, x: Tensor, y: Tensor, base: Layer, strength: float | Tensor) -> None:
+        """total += strength * output_delta; the direction's own way where there is no magnitude."""
+        if self._axis() is None:
+            return super().add_to(total, x, y, base, strength)
+        Delta.add_to(self, total, x, y, base, strength)
+
     def forward(self, x: Tensor, base: Layer, strength: float | Tensor = 1.0) -> Tensor:
         """base(x) + strength * output_delta; the direction's own way where there is no magnitude."""
         if self._axis() is None:

@@ -32,6 +32,7 @@ from scumble.adapters.factors import (
     change_of,
     decompose,
     factors_of,
+    refuse_other_than_weights,
     shape_of,
 )
 from scumble.adapters.families import FAMILIES
@@ -209,6 +210,7 @@ def shares_of(parts: Sequence[Part], weights: Weights | None = None) -> dict[Lay
     for number, part in enumerate(parts):
         for path, strength in part.strengths().items():
             layer = part.state.layers[path]
+            refuse_other_than_weights(path, layer)
             if FAMILIES.get(layer.family).thin(layer) is not None:
                 shape, first = shapes.setdefault(path, (shape_of(path, layer), part.name))
                 mine = shape_of(path, layer)

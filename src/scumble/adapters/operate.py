@@ -16,6 +16,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 Layer: TypeAlias = nn.Linear | nn.Conv2d
 """What an adapter can change."""
 
+Norm: TypeAlias = nn.LayerNorm | nn.GroupNorm
+"""What files may hold changes of besides layers: normalisations with a weight. Nothing is trained there."""
+
+_LAYERS = (nn.Linear, nn.Conv2d)
+_NORMS = (nn.LayerNorm, nn.GroupNorm)
+
 
 def is_layer(module: object) -> bool:
     """Whether an adapter can change this module.
@@ -23,25 +29,32 @@ def is_layer(module: object) -> bool:
     The output projection of `nn.MultiheadAttention` cannot be changed: torch reads its weight and never calls
     it, so a change would be lost in silence.
     """
-    return isinstance(module, nn.Linear | nn.Conv2d) and not isinstance(
-        module, NonDynamicallyQuantizableLinear
-    )
+    return isinstance(module, _LAYERS) and not isinstance(module, NonDynamicallyQuantizableLinear)
 
 
-def operate(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
+def is_norm(module: object) -> bool:
+    """Whether this is a normalisation with one weight a channel, which files may hold a change of."""
+    return isinstance(module, _NORMS) and module.weight is not None and module.weight.dim() == 1
+
+
+def operate(layer: Layer | Norm, x: Tensor, weight: Tensor) -> Tensor:
     """`layer` applied to `x` with `weight` in place of its own, and without bias.
 
     Args:
         layer: gives stride, padding, padding mode, dilation and groups.
         x: (..., in) for a linear layer, (B, C, H, W) or (C, H, W) for a convolution.
         weight: (o, in), or (o, in / groups, kh, kw) with o a multiple of `layer.groups`. o and the kernel may
-            differ from the layer's own.
+            differ from the layer's own. For a norm (channels,); `x` is what it normalises.
 
     Returns:
         (..., o), or (B, o, h, w).
     """
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight)
+    if isinstance(layer, nn.LayerNorm):
+        return F.layer_norm(x, layer.normalized_shape, weight, None, layer.eps)
+    if isinstance(layer, nn.GroupNorm):
+        return F.group_norm(x, layer.num_groups, weight, None, layer.eps)
     padding: int | str | tuple[int, ...] = layer.padding
     if layer.padding_mode != "zeros":
         x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from scumble.adapters.factors import Keep, Weights, factors_of, shape_of
+from scumble.adapters.factors import Keep, Weights, factors_of, refuse_other_than_weights, shape_of
 from scumble.adapters.families import FAMILIES
 from scumble.adapters.state import AdapterState, LayerPath, LayerState
 from scumble.errors import AdapterError
@@ -45,6 +45,7 @@ def resize(state: AdapterState, keep: Keep, weights: Weights | None = None) -> R
     kept: dict[LayerPath, float] = {}
     vanished = []
     for path, layer in state.layers.items():
+        refuse_other_than_weights(path, layer)
         thin = FAMILIES.get(layer.family).thin(layer) is not None
         if (
             thin

@@ -94,6 +94,28 @@ class AdapterState:
         return all(_same_tensors(t.vectors, other.tokens[n].vectors) for n, t in self.tokens.items())
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors that hold NaN or infinity; one pass over the numbers, without copies."""
+
+    def extremes(tensor: Tensor) -> tuple[Tensor, ...]:
+        # NaN comes through both; torch can't ask this of 8-bit floats
+        return torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor)
+
+    # asked once for all tensors of a dtype, and one by one only where that finds something
+    kinds: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            kinds.setdefault((tensor.dtype, tensor.device), {})[name] = tensor
+    bad = {
+        name
+        for alike in kinds.values()
+        if not torch.isfinite(torch.stack([end for t in alike.values() for end in extremes(t)])).all()
+        for name, tensor in alike.items()
+        if not torch.isfinite(torch.stack(extremes(tensor))).all()
+    }
+    return [name for name in tensors if name in bad]
+
+
 def _same_tensors(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
     return mine.keys() == theirs.keys() and all(
         t.dtype == theirs[n].dtype and torch.equal(_comparable(t), _comparable(theirs[n]))

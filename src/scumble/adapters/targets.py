@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from scumble.adapters.layers import layers_of
+from scumble.adapters.layers import is_unread, layers_of
 from scumble.adapters.operate import Layer
 from scumble.adapters.state import LayerPath
 from scumble.errors import AdapterError, NoLayerMatches
@@ -47,11 +47,16 @@ class Targets:
 
 _ATTENTION = (
     *(f"*.attn*.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),  # diffusers' denoisers
+    # the text's side of joint attention: SD 3, Flux
+    *(f"*.attn*.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
     *(f"*.self_attn.{name}_proj" for name in ("q", "k", "v", "out")),  # CLIP text encoders
     *(f"*.SelfAttention.{name}" for name in "qkvo"),  # T5 text encoders
 )
 _MLP = (
     *("*.ff.net.0.proj", "*.ff.net.2"),
+    *("*.ff_context.net.0.proj", "*.ff_context.net.2"),
+    # Flux's single blocks: attention and feed-forward side by side, and one layer out of both
+    *("single_transformer_blocks.*.proj_mlp", "single_transformer_blocks.*.proj_out"),
     *("*.mlp.fc1", "*.mlp.fc2"),
     *("*.DenseReluDense.wi", "*.DenseReluDense.wi_?", "*.DenseReluDense.wo"),
 )
@@ -66,7 +71,10 @@ PRESETS: Mapping[str, tuple[Targets, ...]] = {
 }
 """Names for the usual choices. "attention" is to_q, to_k, to_v and to_out.0 of self- and cross-attention in a
 denoiser, and the four projections of each attention layer in a text encoder; "mlp" the two linear layers of
-each feed-forward block; "all-linear" and "conv" every layer of that class."""
+each feed-forward block; "all-linear" and "conv" every layer of that class. Where text and picture attend to each
+other (SD 3, Flux) both sides are meant: add_q_proj, add_k_proj, add_v_proj, to_add_out and ff_context are the text's;
+attn2 of SD 3.5 medium is the picture's alone, and meant too. Layers that nothing reads (the last one of SDXL's first
+text encoder, the text's queries in the last block of SD 3) are meant by none."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,7 @@ def resolve(
             - a preset of one root: "text_encoder.attention";
             - a pattern: "*.attn?.to_q". Its first part chooses the roots; where that part is `*`, and for a
               bare preset, the roots are those of `within`.
+            Layers that nothing reads (see `layers.mark_unread`) are not looked at.
         within: names of roots, by default the first one only: text encoders are changed when asked for.
 
     Raises:
@@ -107,7 +116,7 @@ def resolve(
             f"No targets: an adapter needs at least one preset ({', '.join(PRESETS)}) or pattern, "
             "and at least one part of the model to look in."
         )
-    layers = layers_of(roots)
+    layers = {path: layer for path, layer in layers_of(roots).items() if not is_unread(layer)}
     found: set[LayerPath] = set()
     counts: dict[str, int] = {}
     for target in wanted:

@@ -23,6 +23,10 @@ from scumble.errors import AdapterError, NotFinite
 class Vocabulary(Protocol):
     """What gives placeholders their ids, and takes them back."""
 
+    @property
+    def end(self) -> int | None:
+        """The id that ends every prompt."""
+
     def add(self, placeholders: Mapping[str, int]) -> Mapping[str, tuple[int, ...]]:
         """placeholder -> number of vectors, to placeholder -> that many ids.
 
@@ -37,6 +41,11 @@ class Vocabulary(Protocol):
 def _of_base(name: str) -> Any:
     """A property that reads the table: library code asks it for `weight`, `embedding_dim`, ..."""
     return property(lambda self: getattr(self.base, name), doc=f"The table's `{name}`.")
+
+
+LARGEST_IS_END = 2
+"""CLIP's configs from before transformers 4.31 call this id the end of the text: the largest id is taken for it then,
+which a placeholder's would be."""
 
 
 class TokenTable(nn.Module):
@@ -60,6 +69,10 @@ class TokenTable(nn.Module):
         self.rows = nn.ParameterList()
         self.register_buffer("known", torch.zeros(0, dtype=torch.long), persistent=False)
         self.owners: dict[str, TokenRows] = {}
+        self.slots: list[tuple[nn.Module, str, nn.Module]] = []
+        """(parent, attribute, what hung there) of each place where it hangs."""
+        self.pools: list[nn.Module] = []
+        """Text models that pool at the largest id, unless told where the end is."""
         self.training = base.training
 
     def arrange(self) -> None:
@@ -189,7 +202,7 @@ class TokenRows:
             for root, vocabulary in self._vocabularies.items():
                 ids[root] = vocabulary.add(self.sizes)
                 undo.callback(vocabulary.remove, tuple(self.vectors))
-            tables = {root: _wrapped(self._roots[root]) for root in ids}
+            tables = {root: _wrapped(self._roots[root], self._vocabularies[root]) for root in ids}
             undo.callback(_unwrap_idle, self._roots.values())
             taken = [root for root, table in tables.items() if self.name in table.owners]
             if taken:
@@ -356,23 +369,32 @@ def resting_tokens(roots: Mapping[str, nn.Module]) -> Iterator[None]:
         yield
 
 
-def _slots(root: nn.Module, embedding: nn.Module) -> list[tuple[nn.Module, str]]:
+def _slots(root: nn.Module, embedding: nn.Embedding) -> list[tuple[nn.Module, str, nn.Module]]:
+    """(parent, attribute, what hangs there) of the table, and of others that share its weight: T5 keeps two."""
     return [
-        (parent, name)
+        (parent, name, child)
         for parent in root.modules()
         for name, child in parent._modules.items()
-        if child is embedding and not isinstance(parent, TokenTable)
+        if isinstance(child, nn.Embedding)
+        and child.weight is embedding.weight
+        and not isinstance(parent, TokenTable)
     ]
 
 
-def _wrapped(root: nn.Module) -> TokenTable:
-    """The root's TokenTable, hung around its table if there is none yet."""
+def _wrapped(root: nn.Module, vocabulary: Vocabulary) -> TokenTable:
+    """The root's TokenTable, hung around its table if there is none yet. While it hangs there, the pooled embedding is
+    that of the prompt's end."""
     table = root.get_input_embeddings()  # type: ignore[operator]
     if isinstance(table, TokenTable):
         return table
     wrapper = TokenTable(table_of(root))
-    for parent, name in _slots(root, wrapper.base):
+    wrapper.slots = _slots(root, wrapper.base)
+    for parent, name, _ in wrapper.slots:
         setattr(parent, name, wrapper)
+    if vocabulary.end is not None:
+        wrapper.pools = [m for m in root.modules() if m.__dict__.get("eos_token_id") == LARGEST_IS_END]
+        for module in wrapper.pools:
+            module.eos_token_id = vocabulary.end  # type: ignore[assignment]
     return wrapper
 
 
@@ -381,5 +403,7 @@ def _unwrap_idle(roots: Iterable[nn.Module]) -> None:
     for root in roots:
         table = root.get_input_embeddings()  # type: ignore[operator]
         if isinstance(table, TokenTable) and not table.owners:
-            for parent, name in _slots(root, table):
-                setattr(parent, name, table.base)
+            for parent, name, embedding in table.slots:
+                setattr(parent, name, embedding)
+            for module in table.pools:
+                module.eos_token_id = LARGEST_IS_END  # type: ignore[assignment]

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from scumble.cli.options import Base, Overwrite
+
 
 def check_mix(
     first: Annotated[Path, typer.Argument(help="An adapter's file, folder or Hub id.")],
@@ -19,15 +21,8 @@ def check_mix(
         float,
         typer.Option(help="Compare the directions that hold this share of each layer's squared norm."),
     ] = 0.99,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="The adapters' base, for families whose change depends on its weights (DoRA, ...)."
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the picture that is there.")
-    ] = False,
+    base: Base = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Say where two adapters overlap, and where they will fight."""
     from rich.console import Console

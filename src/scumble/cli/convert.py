@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from scumble.cli.options import Overwrite
+
 
 def convert(
     file: Annotated[Path, typer.Argument(help="An adapter's file, folder or Hub id.")],
@@ -24,12 +26,13 @@ def convert(
         str | None,
         typer.Option(help="The adapter's base; resolves names that a dialect leaves ambiguous."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write an adapter in another tool's format."""
     from rich.console import Console
 
     from scumble.formats.codec import CODECS, read, write
+    from scumble.formats.seal import signed
     from scumble.inference.find_base import locate
     from scumble.runs.rework import dtype_called, refuse_existing
 
@@ -47,4 +50,10 @@ def convert(
     found = read(source, layers)
     written = write(found.state, target, to, number)
     said.print(f"{found.dialect} -> {to}: {found.report}", markup=False)
+    if signed(found.files):
+        said.print(
+            f"The signature of {source.name} speaks of that file alone, and is not in the new one. Sign it with: "
+            f"scumble sign {written}",
+            markup=False,
+        )
     typer.echo(written)

@@ -8,15 +8,17 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 if TYPE_CHECKING:
     import torch
+
+    from scumble.models.configs import Configs
 
 Verdict = Literal["ok", "note", "failed"]
 
@@ -58,7 +60,19 @@ class Line:
     """A command, or a sentence, for a line that is not ok."""
 
 
-def doctor() -> None:
+def doctor(
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Look at a base instead of the machine: what is there of it, what is missing, and what it will need. "
+            "A Hub id, a folder, a .safetensors checkpoint, or picturebook. Loads no weights."
+        ),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub base.")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Variant of the base's weight files, e.g. fp16.")
+    ] = None,
+) -> None:
     """Check this machine, and name the fix for what is wrong."""
     from rich.console import Console
     from rich.text import Text
@@ -66,7 +80,7 @@ def doctor() -> None:
     console = Console(highlight=False, soft_wrap=True)
     style = {"ok": "green", "note": "yellow", "failed": "bold red"}
     failed = 0
-    for line in findings():
+    for line in findings() if base is None else base_findings(base, revision, variant):
         failed += line.verdict == "failed"
         text = Text.assemble((f"{line.verdict:<7}", style[line.verdict]), f"{line.what:<22}{line.found}")
         console.print(text)
@@ -75,7 +89,8 @@ def doctor() -> None:
     if failed:
         console.print(Text(f"{failed} line{'s' if failed > 1 else ''} failed.", style="bold red"))
         raise typer.Exit(1)
-    console.print(Text("Everything that is needed works.", style="green"))
+    good = "Everything that is needed works." if base is None else "It can be drawn with and trained on."
+    console.print(Text(good, style="green"))
 
 
 def findings() -> Iterator[Line]:
@@ -100,6 +115,90 @@ def findings() -> Iterator[Line]:
                 f"{type(error).__name__}: {error}",
                 "reinstall: " + _install(),
             )
+
+
+def base_findings(source: str, revision: str | None = None, variant: str | None = None) -> Iterator[Line]:
+    """Every line on a base, told from its configs and the headers of its files."""
+    import torch
+
+    from scumble.models.loading import look_at
+    from scumble.models.needs import RANK, needs_of
+
+    look = look_at(source, revision=revision, variant=variant)
+    configs, facts = look.configs, look.facts
+    for problem in facts.problems:
+        yield Line("failed", "base", problem, "repair it as said, then run this again")
+    if facts.family:
+        size = (
+            f", {facts.resolution} pixels, sides in multiples of {facts.size_multiple}"
+            if facts.resolution
+            else ""
+        )
+        yield Line("ok", "base", f"{facts.name} is {facts.title} ({facts.family}){size}")
+        said = facts.prediction or "only its weights can tell: found out when it is loaded"
+        yield Line("ok", "prediction", said)
+    found = None if facts.problems else needs_of(configs, facts, torch.bfloat16, look.tokenizers)
+    counted = {part.name: part.parameters for part in found.parts} if found else {}
+    for part, config in configs.parts.items():
+        yield _part_line(part, str(config["_class_name"]), counted, configs, look.folder)
+    for note in facts.notes:
+        yield Line(
+            "note", "assumed", note, "check that this is so; load_base takes another prediction or tokenizer"
+        )
+    if found is None:
+        return
+    free, where = _free_memory()
+    for what, needed in {
+        "to draw": found.drawing(),
+        "to train, least": found.training(checkpointing=True),
+        "to train, fastest": found.training(checkpointing=False),
+    }.items():
+        if needed is None:
+            why = "can't be told of a single checkpoint, which holds no vocabulary"
+            yield Line("note", what, why, "save it as a folder in diffusers' layout to be told")
+            continue
+        how = {
+            "to draw": "all parts in bf16",
+            "to train, least": f"a LoRA of rank {RANK} on attention, one picture at a time, gradient checkpointing",
+            "to train, fastest": "the same without gradient checkpointing",
+        }[what]
+        text = f"{_size(needed)} and more: {how}; {_size(free)} free {where}"
+        fix = "" if needed <= free else "a machine with more memory, or a smaller base"
+        yield Line("ok" if needed <= free else "note", what, text, fix)
+
+
+def _part_line(
+    part: str, kind: str, counted: Mapping[str, int], configs: Configs, folder: Path | None
+) -> Line:
+    """What is there of one component."""
+    from scumble.models.configs import WEIGHTLESS, read_header
+
+    if part.startswith((*WEIGHTLESS, "tokenizer")):
+        lacks = [phrase for phrase in configs.missing if phrase.startswith(f"{part}/")]
+        if not lacks:
+            return Line("ok", part, kind)
+        return Line("failed", part, f"{kind}, without {', '.join(lacks)}", "download the base again")
+    number = counted.get(part) or configs.parameters.get(part, 0)
+    size = f", {number / 1e6:,.1f} million parameters" if number else ""
+    if folder is None:
+        return Line("ok", part, f"{kind}{size}, in the file ({configs.weights_dtype})")
+    files = sorted((folder / part).glob("*.safetensors")) if (folder / part).is_dir() else []
+    if not files:
+        return Line(
+            "note", part, f"{kind}{size}, no weights here", "a Hub base is downloaded when it is first used"
+        )
+    kinds = sorted({read_header(file).dtype for file in files})
+    return Line("ok", part, f"{kind}{size}, {'/'.join(kinds)}, {_size(sum(f.stat().st_size for f in files))}")
+
+
+def _free_memory() -> tuple[int, str]:
+    """(bytes, where) of the device that a base would be loaded to."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info(0)[0], "on the GPU"
+    return psutil.virtual_memory().available, "in memory"
 
 
 def _python() -> Iterator[Line]:
@@ -268,4 +367,4 @@ def _install() -> str:
 
 
 def _size(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB"
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"

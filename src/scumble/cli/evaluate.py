@@ -41,7 +41,9 @@ def evaluate(
     ] = None,
     dino: Annotated[str | None, typer.Option(help="A DINO model, likewise.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps a picture.")] = 25,
-    guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 7.5,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="Classifier-free guidance. Unset: the base's own.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides prompts, noise and intervals.")] = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the page. Unset: evaluation/ in the run.")

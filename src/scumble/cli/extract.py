@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from scumble.cli.options import Out, Overwrite, SaveAs, Variant, counting
+
 
 def extract(
     tuned: Annotated[str, typer.Argument(help="The fine-tuned model: a diffusers folder or a checkpoint.")],
     base: Annotated[str, typer.Argument(help="What it was made from: the same, or 'picturebook'.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the adapter.")],
+    out: Out,
     rank: Annotated[
         int | None, typer.Option(min=1, help="At most this rank. 32 if no share is given.")
     ] = None,
@@ -21,17 +23,13 @@ def extract(
     frobenius: Annotated[
         float | None, typer.Option(help="Keep this share of the norm; the root of an energy.")
     ] = None,
-    variant: Annotated[str | None, typer.Option(help="Of weight files in folders, e.g. fp16.")] = None,
-    save_as: Annotated[
-        str | None,
-        typer.Option("--save-as", help="Dialect of the result. Unset: diffusers', where it holds it."),
-    ] = None,
+    variant: Variant = None,
+    save_as: SaveAs = None,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Make a LoRA of a fine-tuned model's difference to its base."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from scumble.adapters.factors import Keep
     from scumble.runs.extract import extract_from_base
@@ -42,8 +40,7 @@ def extract(
         rank = 32
     keep, number = Keep(rank, energy, frobenius), dtype_called(dtype)
     refuse_existing(out, overwrite, [Path(tuned), Path(base)])
-    columns = TextColumn("extracting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=said, transient=True) as bar:
+    with counting("extracting", said) as bar:
         task = bar.add_task("", total=None)
         found = extract_from_base(
             tuned,

@@ -44,11 +44,18 @@ def generate(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
     guidance: Annotated[
-        float, typer.Option(min=0, help="Classifier-free guidance; 1 or less turns it off.")
-    ] = 7.5,
+        float | None,
+        typer.Option(min=0, help="Classifier-free guidance; 1 or less turns it off. Unset: the base's own."),
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of the first picture; the next have seed + 1, + 2, ...")
     ] = 0,
+    image: Annotated[
+        Path | None, typer.Option(help="A picture to paint into, with an inpainting base and --mask.")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Where: a grey picture of the same size, white is painted.")
+    ] = None,
     scheduler: Annotated[
         str, typer.Option(help="A diffusers scheduler by its class name.")
     ] = "DPMSolverMultistepScheduler",
@@ -72,6 +79,7 @@ def generate(
     """Draw pictures with a base and adapters."""
     from rich.console import Console
 
+    from scumble.inference.canvas import canvas_of
     from scumble.inference.request import Request
     from scumble.inference.session import Session
     from scumble.models.precision import dtype_named
@@ -91,9 +99,12 @@ def generate(
         steps=steps,
         guidance=guidance,
         seed=seed,
+        image=image,
+        mask=mask,
         scheduler=scheduler,
         adapters=uses,
     )
+    canvas_of(request)  # what is wrong with it is said before a base is loaded
     said = Console(stderr=True, highlight=False, soft_wrap=True)
     with Session(
         base, uses, dtype=dtype_named(dtype), device=device, batch_size=batch, allow_partial=allow_partial

@@ -124,7 +124,7 @@ def _compare(console: Console, file: Path, against: str) -> None:
     from scumble.models.loading import load_base
 
     base = load_base(against, dtype=torch.float32, device=torch.device("cpu"))
-    found = read(file, layers_of(base.roots), allow_partial=True)
+    found = read(file, layers_of(base.roots, norms=True), allow_partial=True)
     console.print(Text(f"\nagainst {base.name}: {found.report}"))
     mine = found.state.metadata.base_fingerprint
     if mine:
@@ -155,6 +155,7 @@ def _act(console: Console, base: BaseModel, found: Read) -> None:
     )
     if effect.denoiser == 0.0:
         console.print("It does nothing to this base.", style="yellow")
-    blocks = blocks_of(found.state, {path: layer.weight for path, layer in layers_of(base.roots).items()})
+    layers = layers_of(base.roots, norms=True)
+    blocks = blocks_of(found.state, {path: layer.weight for path, layer in layers.items()})
     if any(block.norm is None for block in blocks_of(found.state)):
         _picture(console, blocks)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from scumble.cli.generate import parse_use
+from scumble.cli.options import Base, Out, Overwrite, SaveAs, Variant, counting
 from scumble.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def merge(
             metavar="FILE[:STRENGTH]...", help="Adapters; :0.5 halves one, a negative number takes it away."
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the result.")],
+    out: Out,
     into: Annotated[
         str | None,
         typer.Option(
@@ -53,21 +54,13 @@ def merge(
             "'2:unet.up_blocks.*=0.3'. The first that fits wins. Repeatable.",
         ),
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="The adapters' base, for families whose change depends on its weights (DoRA, ...)."
-        ),
-    ] = None,
-    save_as: Annotated[
-        str | None,
-        typer.Option("--save-as", help="Dialect of an adapter file. Unset: diffusers', where it holds it."),
-    ] = None,
+    base: Base = None,
+    save_as: SaveAs = None,
     dtype: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16. Unset: the widest of the adapters; a base's own.")
     ] = None,
-    variant: Annotated[str | None, typer.Option(help="Of a base folder's weight files, e.g. fp16.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
+    variant: Variant = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Merge adapters into one, or into a base."""
     from rich.console import Console
@@ -159,12 +152,9 @@ def _into_base(
     overwrite: bool,
     said: Console,
 ) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from scumble.runs.merge import merge_into_base
 
-    columns = TextColumn("merging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=said, transient=True) as bar:
+    with counting("merging", said) as bar:
         task = bar.add_task("", total=None)
         merged = merge_into_base(
             sources,

@@ -10,12 +10,15 @@ import typer
 def reproduce(
     file: Path = typer.Argument(help="A .safetensors file that scumble trained, or a folder that holds one."),
     out: Path | None = typer.Option(None, "--out", "-o", help="Where to write it. Unset: print it."),
+    output: Path | None = typer.Option(
+        None, "--output", help="Folder of the new run. Unset: beside the first run's, which is kept."
+    ),
 ) -> None:
     """Write the settings file that made an adapter."""
     from scumble.errors import ConfigError
     from scumble.runs.reproduce import reproduce as settings
 
-    text = settings(file)
+    text = settings(file, output)
     if out is None:
         typer.echo(text, nl=False)
         return
@@ -23,4 +26,4 @@ def reproduce(
         raise ConfigError(f"{out} is there already, and is kept. Name another file with --out.")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
-    typer.secho(f"{out}: train with it again by scumble train {out} --output FOLDER", fg="green")
+    typer.secho(f"{out}: train with it again by scumble train {out}", fg="green")

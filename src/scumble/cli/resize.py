@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from scumble.cli.options import Base, Out, Overwrite, SaveAs
+
 
 def resize(
     file: Annotated[Path, typer.Argument(help="An adapter's file, folder or Hub id.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the result.")],
+    out: Out,
     rank: Annotated[int | None, typer.Option(min=1, help="At most this rank.")] = None,
     energy: Annotated[
         float | None, typer.Option(help="Keep this share of each layer's squared norm, e.g. 0.95.")
@@ -18,18 +20,10 @@ def resize(
     frobenius: Annotated[
         float | None, typer.Option(help="Keep this share of each layer's norm; the root of an energy.")
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="The adapter's base, for families whose change depends on its weights (DoRA, ...)."
-        ),
-    ] = None,
-    save_as: Annotated[
-        str | None,
-        typer.Option("--save-as", help="Dialect of the result. Unset: diffusers', where it holds it."),
-    ] = None,
+    base: Base = None,
+    save_as: SaveAs = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16. Unset: as the file's.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Give an adapter a smaller rank."""
     from rich.console import Console

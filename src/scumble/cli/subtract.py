@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from scumble.cli.generate import parse_use
+from scumble.cli.options import Base, Out, Overwrite, SaveAs
 
 
 def subtract(
     first: Annotated[str, typer.Argument(metavar="A[:STRENGTH]", help="The adapter to take from.")],
     second: Annotated[str, typer.Argument(metavar="B[:STRENGTH]", help="The adapter to take away.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the result.")],
+    out: Out,
     rank: Annotated[
         int | None, typer.Option(min=1, help="At most this rank. Unset: as much as the difference has.")
     ] = None,
     energy: Annotated[
         float | None, typer.Option(help="Keep this share of each layer's squared norm, e.g. 0.99.")
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="The adapters' base, for families whose change depends on its weights (DoRA, ...)."
-        ),
-    ] = None,
-    save_as: Annotated[
-        str | None,
-        typer.Option("--save-as", help="Dialect of the result. Unset: diffusers', where it holds it."),
-    ] = None,
+    base: Base = None,
+    save_as: SaveAs = None,
     dtype: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16. Unset: the wider of the two.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Take one adapter's change out of another's."""
     from dataclasses import replace

@@ -15,7 +15,7 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -151,27 +151,22 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 def image_encoder_fingerprint(base: BaseModel) -> str:
     """sha256 over the weights, dtype and configuration of what turns the base's pixels into latents."""
-    modules = _components(base)
+    modules = base.modules()
     return _fingerprint({name: module for name, module in modules.items() if name.startswith("vae")}, base)
 
 
 def text_encoder_fingerprint(base: BaseModel) -> str:
     """sha256 over the weights, dtype and configuration of the base's text encoders, and how it cuts a
     sentence."""
-    modules = _components(base)
+    modules, waiting = base.modules(), base.waiting()
     encoders = {name: module for name, module in modules.items() if name.startswith("text_encoder")}
-    return key(_fingerprint(encoders, base), base.token_counts([_PROBE]))
+    # what waits to be loaded is known by its files
+    others = [sorted(waiting.items()), str(base.dtype)] if waiting else []
+    return key(_fingerprint(encoders, base), base.token_counts([_PROBE]), *others)
 
 
 _PROBE = "A photograph of 2 astronauts, (riding:1.2) the étude's <horse>; 水 \N{UNICORN FACE}"
 """A sentence that two tokenizers rarely cut into equally many tokens."""
-
-
-def _components(base: BaseModel) -> dict[str, nn.Module]:
-    """The base's modules under their diffusers names, text encoders among the roots included."""
-    pipeline: Any = base.pipeline()
-    parts: dict[str, Any] = {**base.roots, **pipeline.components}
-    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
 def _fingerprint(modules: Mapping[str, nn.Module], base: BaseModel) -> str:

@@ -109,6 +109,7 @@ def check(
     resolution: int = 512,
     size_multiple: int = 8,
     count_tokens: TokenCounter | None = None,
+    cut_off: Callable[[str], str] = lambda caption: "",
     seed: int = 0,
     sheet: Path | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
@@ -116,7 +117,8 @@ def check(
     """Open every picture and caption that `settings` name, and report all problems at once.
 
     `resolution` and `size_multiple` are the base's (`BaseFacts`); the settings' own resolution goes first.
-    `count_tokens` None leaves the captions' lengths unchecked. `sheet`: where the contact sheet goes, as PNG.
+    `count_tokens` None leaves the captions' lengths unchecked. `cut_off`: what the base does not read of a caption that
+    is too long; "" where that is not known. `sheet`: where the contact sheet goes, as PNG.
 
     Raises:
         DataError: there is nothing to report on: no folder, no pictures, no captions at all, or no such
@@ -143,7 +145,7 @@ def check(
     problems += _duplicates(records, seen)
     spoken = [_captions(record, settings, streams) for record, _ in good]
     counts, limit = _count(spoken, count_tokens)
-    problems += _captions_problems([record for record, _ in good], spoken, counts, limit, settings)
+    problems += _captions_problems([record for record, _ in good], spoken, counts, limit, cut_off, settings)
     pictures = tuple(
         PictureFacts(record.key, geometry, said, count)
         for (record, geometry), said, count in zip(good, spoken, counts, strict=True)
@@ -262,6 +264,7 @@ def _captions_problems(
     spoken: Sequence[tuple[str, ...]],
     counts: Sequence[int | None],
     limit: int | None,
+    cut_off: Callable[[str], str],
     settings: DataSettings,
 ) -> list[Problem]:
     problems = []
@@ -269,8 +272,10 @@ def _captions_problems(
         if settings.caption != "" and not all(caption.strip() for caption in record.captions):
             problems.append(Problem("empty caption", record.key, "has an empty caption.", error=False))
         if limit is not None and count is not None and count > limit:
-            longest = max(said, key=len)[:80]
-            text = f"its caption has {count} tokens; the base reads the first {limit}: {longest!r}..."
+            longest = max(said, key=len)
+            text = f"its caption has {count} tokens; the base reads the first {limit}: {longest[:80]!r}..."
+            if lost := cut_off(longest):
+                text += f" This is cut off: {lost!r}."
             problems.append(Problem("long caption", record.key, text, error=False))
     if settings.random_flip:
         sided = [r.key for r in records if any(_SIDES.search(caption) for caption in r.captions)]

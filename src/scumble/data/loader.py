@@ -19,7 +19,7 @@ from torch import Tensor
 
 from scumble.data import cache as caches
 from scumble.data import captions as words
-from scumble.data import cuts, masks
+from scumble.data import cuts, holes, masks
 from scumble.data.buckets import choose, target_shapes, too_small
 from scumble.data.cache import Cache
 from scumble.data.images import (
@@ -131,8 +131,11 @@ class Loader:
     @property
     def needs_image_encoder(self) -> bool:
         """Whether the image encoder works during training, after `prepare()`: crops are not bounded, for some
-        picture."""
-        return any(found is None for found in self._cuts)
+        picture, or the base is shown pictures with a hole of each visit's own."""
+        drawn = bool(self._base.shown_channels) and any(
+            record.mask is None for record in self.dataset.records
+        )
+        return drawn or any(found is None for found in self._cuts)
 
     @property
     def needs_text_encoder(self) -> bool:
@@ -180,6 +183,7 @@ class Loader:
         self._prepare_images(needed, progress)
         if not self.needs_text_encoder:
             self._prepare_texts(said, progress)
+            self._base.release()
 
     def _everything(self) -> tuple[dict[int, tuple[Geometry, ...]], list[str]]:
         needed = {index: self._variants(index) for index in range(len(self.dataset))}
@@ -243,14 +247,20 @@ class Loader:
     def _caption_key(self, caption: str) -> str:
         return caches.key("text", caption, self._text_key)
 
-    def _encode(self, index: int, pixels: Tensor) -> Tensor:
-        key = self.dataset.records[index].key
+    def _encode(self, index: int, pixels: Tensor, hole: Tensor | None = None) -> Tensor:
+        """Latents of a cut of a picture; with a hole, what the base is shown of it."""
+        key, device = self.dataset.records[index].key, self._base.device
+        rows = pixels[None].to(device)
         try:
             with torch.no_grad():
-                latents = self._base.encode_images(pixels[None].to(self._base.device), None)[0]
+                found = (
+                    self._base.encode_images(rows, None)
+                    if hole is None
+                    else self._base.show(rows, hole[None].to(device))
+                )
         except ModelError as error:  # the base knows rows, not names
             raise DataError(f"{key}: {error}") from error
-        latents = latents.to("cpu", torch.float32)
+        latents = found[0].to("cpu", torch.float32)
         caches.finite_or_name(latents, key, self._base.dtype)
         return latents
 
@@ -278,12 +288,41 @@ class Loader:
         bounded = self._cuts[index] is not None
         if bounded and (found := self.cache.get(name)) is not None:
             return found["mask"]
-        if masks.measured(record, self._measured[index]) != self._masks[index]:
-            raise DataError(f"{record.mask.key} changed since it was first read. Start again.")
+        self._refuse_changed_mask(index)
         mask = masks.weights(masks.opened(record.mask), geometry, self._base.latent_factor)
         if bounded:
             self.cache.put(name, {"mask": mask}, about=f"{record.mask.key}, {geometry.variant}")
         return mask
+
+    def _shown_beside(self, visit: Visit) -> Tensor | None:
+        """(K, h, w) of a base that is shown pictures with holes: the hole is the picture's mask, else one of the
+        visit's own."""
+        if not self._base.shown_channels:
+            return None
+        index, geometry = visit.entry, self.geometry(visit)
+        mask = self.dataset.records[index].mask
+        kept = mask is not None and self._cuts[index] is not None
+        name = caches.key("shown", self._latent_key(index, geometry), self._masks[index])
+        if kept and (found := self.cache.get(name)) is not None:
+            return found["shown"]
+        if mask is None:
+            hole = holes.random(geometry.target, self._streams, visit.position)
+        else:
+            self._refuse_changed_mask(index)
+            hole = masks.weights(masks.opened(mask), geometry, 1)
+        shown = self._encode(index, self._pixels(self._open(index), geometry), hole)
+        if kept:
+            about = (
+                f"{self.dataset.records[index].key} with its hole, {geometry.variant}, by {self._base.name}"
+            )
+            self.cache.put(name, {"shown": shown}, about=about)
+        return shown
+
+    def _refuse_changed_mask(self, index: int) -> None:
+        record = self.dataset.records[index]
+        if masks.measured(record, self._measured[index]) != self._masks[index]:
+            assert record.mask is not None
+            raise DataError(f"{record.mask.key} changed since it was first read. Start again.")
 
     def _embedding(self, caption: str) -> Conditioning:
         name = self._caption_key(caption)
@@ -292,7 +331,8 @@ class Loader:
             return caches.to_conditioning(found)
         with torch.no_grad():
             conditioning = self._base.encode_prompts([caption]).to("cpu")
-        caches.finite_or_name(conditioning.tokens, f"caption {caption!r}", self._base.dtype)
+        for tensor in caches.to_tensors(conditioning).values():
+            caches.finite_or_name(tensor, f"caption {caption!r}", self._base.dtype)
         # where tag orders are not bounded, a folder would grow without end
         if not self.needs_text_encoder:
             about = f"text embedding of {caption!r}, by {self._base.name}"
@@ -317,10 +357,12 @@ class Loader:
         conditioning = None
         if self._text_embeddings:
             conditioning = Conditioning.cat([self._embedding(caption) for caption in captions])
-        shown = [mask for visit in visits if (mask := self._mask(visit)) is not None]
+        counts = [mask for visit in visits if (mask := self._mask(visit)) is not None]
+        shown = [one for visit in visits if (one := self._shown_beside(visit)) is not None]
         return Batch(
             latents=torch.stack([self._latents(visit) for visit in visits]),
-            mask=torch.stack(shown) if shown else None,
+            mask=torch.stack(counts) if counts else None,
+            shown=torch.stack(shown) if shown else None,
             conditioning=conditioning,
             captions=captions,
             frame=frame([self.geometry(visit) for visit in visits]),

@@ -72,6 +72,8 @@ class Batch:
     """Which random numbers (see `Sample.position`)"""
     mask: Tensor | None = None
     """(B, 1, h, w) in [0, 1]: where the loss counts"""
+    shown: Tensor | None = None
+    """(B, K, h, w) what a base that fills holes is shown of the pictures (`Conditioning.shown`)"""
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -112,6 +112,7 @@ def weave(first: Batch, second: Batch, weight: float) -> Batch:
             tuple(2 * position + 1 for position in second.positions),
         ),
         mask=None if first.mask is None and second.mask is None else turns(_mask(first), _mask(second)),
+        shown=None if first.shown is None or second.shown is None else turns(first.shown, second.shown),
     )
 
 
@@ -123,12 +124,8 @@ def _mask(batch: Batch) -> Tensor:
     return torch.ones_like(batch.latents[:, :1]) if batch.mask is None else batch.mask
 
 
-class Onward:
-    """Batches from the `first`-th micro-batch of a process on, with text embeddings by the text encoder as it is when
-    they start: for a phase after the text encoder came to rest.
-
-    Nothing that was embedded before is used, since a cache knows an embedding by the weights it was made with.
-    """
+class Later:
+    """Batches from the `first`-th micro-batch of a process on: a phase does not see again what one before it saw."""
 
     def __init__(self, batches: Embeddable, first: int) -> None:
         self._batches, self._first = batches, first
@@ -141,5 +138,20 @@ class Onward:
 
     def start(self, number: int, *, process: int = 0, processes: int = 1) -> Iterator[Batch]:
         """See `Batches`."""
-        embedded = self._batches.with_text_embeddings()
-        return embedded.start(number + self._first, process=process, processes=processes)
+        return self._batches.start(number + self._first, process=process, processes=processes)
+
+    def with_text_embeddings(self) -> Later:
+        """See `Embeddable`."""
+        return Later(self._batches.with_text_embeddings(), self._first)
+
+
+class Onward(Later):
+    """The same, with text embeddings by the text encoder as it is when they start: for a phase after the text encoder
+    came to rest.
+
+    Nothing that was embedded before is used, since a cache knows an embedding by the weights it was made with.
+    """
+
+    def start(self, number: int, *, process: int = 0, processes: int = 1) -> Iterator[Batch]:
+        """See `Batches`."""
+        return self.with_text_embeddings().start(number, process=process, processes=processes)

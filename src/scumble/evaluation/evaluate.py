@@ -48,8 +48,8 @@ class EvaluationSettings(Settings):
     """Prompts that have nothing to do with the subject, one picture each; 0 leaves drift out."""
     steps: int = Field(25, ge=1)
     """Denoising steps a picture."""
-    guidance: float = Field(7.5, ge=0)
-    """Classifier-free guidance; 1 or less turns it off."""
+    guidance: float | None = Field(None, ge=0)
+    """Classifier-free guidance; 1 or less turns it off. Unset: the base's own, usually 7.5."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Decides prompts, noise and intervals."""
     resamples: int = Field(1000, ge=100)

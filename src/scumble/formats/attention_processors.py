@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 
+from scumble.adapters.biased import SIDES
 from scumble.adapters.state import AdapterState, LayerPath
 from scumble.errors import FormatError
 from scumble.formats.codec import cannot_represent
@@ -34,6 +36,7 @@ _CLIP = re.compile(r"(?P<parent>text_encoder.*\.self_attn)\.(?P<which>q|k|v|out)
 _ROOTED = ("unet.", "text_encoder.", "text_encoder_2.")
 
 
+@lru_cache(maxsize=8192)
 def is_processor(name: str) -> bool:
     """Whether a tensor is called as in this dialect."""
     return _TENSOR.fullmatch(name) is not None and not name.startswith(
@@ -88,6 +91,8 @@ class AttentionProcessors:
                 return f"it holds lora, not {layer.family}"
             if _spelled(path) is None or layer.tensors["down"].ndim != 2:
                 return f"it holds attention projections only, not {path!r}"
+            if SIDES & layer.tensors.keys():
+                return f"it has no place for the change to the bias of {path!r}"
             if layer.alpha != layer.rank or layer.rank_stabilized:
                 return f"it has no alpha, and {path!r} has alpha {layer.alpha:g} at rank {layer.rank}"
         return None

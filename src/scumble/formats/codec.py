@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from scumble.adapters.state import AdapterState, LayerPath
+from scumble.adapters.state import AdapterState, LayerPath, not_finite
 from scumble.errors import CannotRepresent, FormatError, NotFinite, UnknownFormat, UnusedTensors, WrongBase
 from scumble.formats.container import (
     PICKLES,
@@ -35,7 +35,7 @@ from scumble.formats.keymap import ROOTS, split_root
 from scumble.formats.kinds import weight_shape
 from scumble.formats.pairs import NO_LAYER, Decoded, count
 from scumble.formats.seal import sealed
-from scumble.formats.tables.bases import TITLES, WIDTHS
+from scumble.formats.tables.bases import TITLES, WIDTHS, told_by
 from scumble.registry import Registry
 
 
@@ -80,6 +80,9 @@ CODECS: Registry[type[Codec]] = Registry(
         "peft": "scumble.formats.peft:Peft",
         "cloneofsimo": "scumble.formats.cloneofsimo:Cloneofsimo",
         "comfyui": "scumble.formats.comfyui:ComfyUI",
+        "kohya-flux": "scumble.formats.flux:FluxKohya",
+        "bfl": "scumble.formats.flux:Bfl",
+        "xlabs": "scumble.formats.flux:XLabs",
         "embedding": "scumble.formats.embedding:Embedding",
     },
 )
@@ -157,8 +160,10 @@ def read(path: str | Path, layers: Layers | None = None, *, allow_partial: bool 
         FormatError: the file is damaged, contradicts itself, holds an unknown family, or nothing fits.
     """
     where = find(path)
-    codec = _codec_for(read_header(where))  # before a whole checkpoint of several GB is read
-    file = load(where)
+    claims: list[Codec] = []
+    # before a whole checkpoint of several GB is read
+    file = load(where, lambda header: claims.append(_codec_for(header)))
+    codec = claims[0]
     _refuse_non_finite(file.tensors, f"{where.name} can't be used")
     shapes = _shapes(layers) if isinstance(layers, Mapping) else {}
     decoded = codec.decode(file, shapes or layers)
@@ -262,12 +267,12 @@ def _believed(codec: Codec, file: TensorFile, decoded: Decoded) -> Decoded:
 
 def written() -> tuple[str, ...]:
     """The names of the formats that are written; the others are read only."""
-    return tuple(name for name in CODECS if not getattr(CODECS.get(name), "read_only", False))
+    return tuple(name for name, kind in CODECS.working() if not getattr(kind, "read_only", False))
 
 
 def cannot_represent(codec: Codec, state: AdapterState) -> CannotRepresent:
     """The error for `encode`: why `codec` can't hold `state`, and which formats can."""
-    able = [name for name in CODECS if CODECS.get(name)().obstacle(state) is None]
+    able = [name for name, kind in CODECS.working() if kind().obstacle(state) is None]
     advice = f"Write it as {' or '.join(able)}." if able else "No format of this version can hold it."
     return CannotRepresent(
         f"The format {codec.name} can't hold this adapter: {codec.obstacle(state)}. {advice}"
@@ -275,9 +280,10 @@ def cannot_represent(codec: Codec, state: AdapterState) -> CannotRepresent:
 
 
 def cross_attention_width(shapes: Mapping[LayerPath, Sequence[int]]) -> int | None:
-    """The width of the text that cross-attention reads, from shapes (any, in) by layer path; else None."""
+    """The width of the text that a UNet's cross-attention reads, from shapes (any, in) by layer path; else None."""
     for path, shape in shapes.items():
-        if path.endswith((".attn2.to_k", ".attn2.to_v")):
+        # the second attention of a transformer (SD 3.5 medium) is no cross-attention
+        if path.endswith((".attn2.to_k", ".attn2.to_v")) and not path.startswith("transformer."):
             return shape[1]
     return None
 
@@ -285,7 +291,7 @@ def cross_attention_width(shapes: Mapping[LayerPath, Sequence[int]]) -> int | No
 def down_shapes(state: AdapterState) -> dict[LayerPath, tuple[int, ...]]:
     """Shapes (any, in[, k, k]) of the weights that the layers change, where their tensors tell."""
     shapes = {path: weight_shape(layer) for path, layer in state.layers.items()}
-    return {path: shape for path, shape in shapes.items() if shape is not None and shape[1]}
+    return {path: shape for path, shape in shapes.items() if shape is not None and any(shape[1:2])}
 
 
 def base_title(width: int | None, family: str = "") -> str | None:
@@ -303,7 +309,7 @@ def _codec_for(file: TensorFile) -> Codec:
         raise UnknownFormat(
             f"{file.label} holds {len(file.tensors)} tensors; no adapter has more than {_TENSORS}."
         )
-    claims = [codec for name in CODECS if (codec := CODECS.get(name)()).matches(file)]
+    claims = [codec for _, kind in CODECS.working() if (codec := kind()).matches(file)]
     if len(claims) == 1:
         return claims[0]
     if claims:
@@ -322,20 +328,11 @@ def _codec_for(file: TensorFile) -> Codec:
 
 
 def _refuse_non_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _finite(tensor)]
-    if broken:
+    if broken := not_finite(tensors):
         raise NotFinite(
             f"{what}: {len(broken)} of {count(tensors, 'tensor')} not finite (NaN or infinity), "
             f"first {_short(broken[0])}."
         )
-
-
-def _finite(tensor: Tensor) -> bool:
-    if not tensor.numel():
-        return True
-    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # torch can't ask this of 8-bit floats
-    # NaN comes through both; one pass without copies, many times as fast as isfinite on every number
-    return bool(torch.isfinite(torch.stack(torch.aminmax(wide))).all())
 
 
 def _shapes(layers: Mapping[LayerPath, Any]) -> dict[LayerPath, tuple[int, ...]]:
@@ -347,9 +344,16 @@ def _shapes(layers: Mapping[LayerPath, Any]) -> dict[LayerPath, tuple[int, ...]]
 
 def _refuse_wrong_base(state: AdapterState, shapes: Mapping[LayerPath, Sequence[int]]) -> None:
     model = cross_attention_width(shapes)
+    mine, family = (
+        cross_attention_width(down_shapes(state)),
+        told_by(state.layers) or state.metadata.base_family,
+    )
     if model is None:
+        own = told_by(shapes)
+        family = WIDTHS[mine][0] if mine in WIDTHS else family
+        if own and family in TITLES and family != own:
+            raise WrongBase(f"LoRA is for {base_title(mine, family)}; model is {TITLES[own]}. Not applied.")
         return
-    mine, family = cross_attention_width(down_shapes(state)), state.metadata.base_family
     if mine is not None:  # noqa: SIM108 - one line would hide the comment
         wrong = mine != model
     else:  # no cross-attention in the file: believe its header, if both are well-known families

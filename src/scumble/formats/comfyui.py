@@ -19,7 +19,7 @@ from scumble.errors import WrongBase
 from scumble.formats.bundles import with_tokens
 from scumble.formats.codec import cannot_represent
 from scumble.formats.container import TensorFile
-from scumble.formats.flat_names import known_layers, original_names
+from scumble.formats.flat_names import FLUX_DOTTED, known_layers, original_names
 from scumble.formats.keymap import LayerNames
 from scumble.formats.pairs import Decoded, Factor, assemble, refuse_unsupported, split_factor
 from scumble.formats.scales import settle
@@ -42,7 +42,9 @@ class ComfyUI:
     read_only = True
 
     def matches(self, file: TensorFile) -> bool:
-        """Whether any tensor is a factor under such a name."""
+        """Whether any tensor is a factor under such a name, and none is Flux's."""
+        if any(FLUX_DOTTED.match(name) for name in file.tensors):
+            return False
         return any(
             split_factor(name)[1] not in ("", "alpha") and _PREFIX.match(name) for name in file.tensors
         )

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from scumble.adapters.memory import block
 from scumble.errors import FormatError
 from scumble.formats.pickles import ENDINGS as PICKLES
 from scumble.formats.pickles import is_pickle, load_pickle
@@ -60,6 +61,10 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+_Entry = tuple[torch.dtype, tuple[int, ...], int, int]
+"""(dtype, shape, first byte, last byte + 1), counted from the end of the header."""
 
 
 @dataclass(frozen=True)
@@ -190,12 +195,19 @@ def read_header(path: Path) -> TensorFile:
     return _gather(path, _read_header)
 
 
-def load(path: Path) -> TensorFile:
-    """The whole adapter in memory, on the CPU. Takes as much memory as its files are long.
+def load(path: Path, look: Callable[[TensorFile], None] | None = None) -> TensorFile:
+    """The whole adapter in memory, on the CPU. Takes as much memory as its files are long: the tensors of one file
+    share theirs.
+
+    `look` is shown what `read_header` gives before any weight is read, and may raise.
 
     Raises:
         FormatError: as `read_header`.
     """
+    if look is not None and set(files_of(path)) == {""}:
+        return _load(path, look)
+    if look is not None:
+        look(read_header(path))
     return _gather(path, _load)
 
 
@@ -208,31 +220,48 @@ def _gather(path: Path, read_one: Callable[[Path], TensorFile]) -> TensorFile:
 
 def _read_header(path: Path) -> TensorFile:
     if _is_pickle(path):
-        file = _load(path)
-        tensors = {name: tensor.to("meta") for name, tensor in file.tensors.items()}
-        return replace(file, tensors=tensors)
+        return _without_values(_load(path))
     with _open(path) as stream:
         entries, metadata, _ = _parse(stream, path)
-    tensors = {
-        name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape, _, _) in entries.items()
-    }
-    return TensorFile(tensors, metadata, path, _sidecars(path))
+    return TensorFile(_shells(entries), metadata, path, _sidecars(path))
 
 
-def _load(path: Path) -> TensorFile:
-    tensors: dict[str, Tensor] = {}
+def _load(path: Path, look: Callable[[TensorFile], None] | None = None) -> TensorFile:
     if _is_pickle(path):
         tensors, texts = load_pickle(path)
-        return TensorFile(tensors, texts, path, _sidecars(path))
+        file = TensorFile(tensors, texts, path, _sidecars(path))
+        if look is not None:
+            look(_without_values(file))
+        return file
     with _open(path) as stream:
         entries, metadata, start = _parse(stream, path)
-        for name, (dtype, shape, begin, end) in entries.items():
-            content = bytearray(end - begin)
-            stream.seek(start + begin)
-            if stream.readinto(content) != len(content):  # type: ignore[attr-defined]
-                raise FormatError(f"{path.name} was cut short while it was being read, in tensor {name!r}.")
-            tensors[name] = torch.frombuffer(content, dtype=dtype).view(shape)
-    return TensorFile(tensors, metadata, path, _sidecars(path))
+        shells = TensorFile(_shells(entries), metadata, path, _sidecars(path))
+        if look is not None:
+            look(shells)
+        content = block(max((end for _, _, _, end in entries.values()), default=0))
+        stream.seek(start)
+        if stream.readinto(content.numpy()) != len(content):  # type: ignore[attr-defined]
+            raise FormatError(f"{path.name} was cut short while it was being read.")
+    return replace(shells, tensors={name: _view(content, entry) for name, entry in entries.items()})
+
+
+def _shells(entries: Mapping[str, _Entry]) -> dict[str, Tensor]:
+    """Tensors without values."""
+    return {
+        name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape, _, _) in entries.items()
+    }
+
+
+def _without_values(file: TensorFile) -> TensorFile:
+    return replace(file, tensors={name: tensor.to("meta") for name, tensor in file.tensors.items()})
+
+
+def _view(content: Tensor, entry: _Entry) -> Tensor:
+    """The tensor that lies in `content`; a copy where foreign writers put it at an address that its numbers can't
+    have."""
+    dtype, shape, begin, end = entry
+    mine = content[begin:end]
+    return (mine.clone() if begin % dtype.itemsize else mine).view(dtype).view(shape)
 
 
 def _is_pickle(path: Path) -> bool:
@@ -263,9 +292,6 @@ def _open(path: Path) -> BinaryIO:
         return path.open("rb")
     except OSError as error:
         raise FormatError(f"Can't open {path}: {error.strerror or error}.") from error
-
-
-_Entry = tuple[torch.dtype, tuple[int, ...], int, int]
 
 
 def _parse(stream: BinaryIO, path: Path) -> tuple[dict[str, _Entry], dict[str, str], int]:

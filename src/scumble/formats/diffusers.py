@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
+from scumble.adapters.biased import UP_BIAS
 from scumble.adapters.state import AdapterState, LayerPath
 from scumble.formats.attention_processors import is_processor
 from scumble.formats.bundles import sizes, token_tensors, with_tokens
@@ -35,7 +36,8 @@ ENTRY = "lora_adapter_metadata"
 
 _FOREIGN = re.compile(
     r"(base_model\.model|diffusion_model|text_encoders|clip_[glh]|input_blocks|middle_block|output_blocks|time_embed|"
-    r"label_emb|out)\.|(lora|lycoris|oft)_|bundle_emb\."
+    r"label_emb|out|double_blocks|single_blocks|(img|txt|time|vector|guidance)_in|final_layer)\.|"
+    r"(lora|lycoris|oft)_|bundle_emb\."
 )
 
 
@@ -86,7 +88,9 @@ class Diffusers:
         header = to_header(state.metadata, {classic(path): layer for path, layer in state.layers.items()})
         facts = {path: LayerFacts.of(layer) for path, layer in state.layers.items()}
         configs = lora_configs(
-            facts, [path for path, layer in state.layers.items() if layer.family == "dora"]
+            facts,
+            [path for path, layer in state.layers.items() if layer.family == "dora"],
+            [path for path, layer in state.layers.items() if UP_BIAS in layer.tensors],
         )
         fields = {f"{root}.{name}": value for root, table in configs.items() for name, value in table.items()}
         header[ENTRY] = compact(fields)

@@ -3,6 +3,7 @@
     lora_unet_down_blocks_1_attentions_0_proj_in      diffusers' names: SD 1 and 2, some SDXL files
     lora_unet_input_blocks_4_1_proj_in                the same layer in the names of the original code: SDXL
     lora_te_text_model_encoder_layers_0_mlp_fc1       the text encoder of SD 1 and 2; lora_te1_, lora_te2_: SDXL's
+    lora_transformer_transformer_blocks_0_attn_to_q   SD 3, Flux.1 and their kin, in diffusers' names: OneTrainer
     lycoris_down_blocks_1_attentions_0_proj_in        LyCORIS used as a library
 
 A name that had '.' and '_' can't be told apart again once both are '_'. So every layer is flattened in each of
@@ -18,8 +19,8 @@ from functools import lru_cache
 
 from scumble.adapters.state import AdapterState, LayerPath
 from scumble.errors import FormatError
-from scumble.formats.keymap import split_root
-from scumble.formats.tables.modules import ANY_UNET, CLIP_TEXT
+from scumble.formats.keymap import CLIP_BEGINS, split_root
+from scumble.formats.tables.modules import ANY_TRANSFORMER, ANY_UNET, CLIP_NORMS, CLIP_TEXT, UNET_NORMS
 
 PREFIXES: dict[str, tuple[str, ...]] = {
     "lora_unet_": ("unet",),
@@ -28,9 +29,23 @@ PREFIXES: dict[str, tuple[str, ...]] = {
     "lora_te2_": ("text_encoder_2",),
     "oft_unet_": ("unet",),
     "oft_te_": ("text_encoder",),
+    "lora_transformer_": ("transformer",),
     "lycoris_": ("unet", "text_encoder", "text_encoder_2"),
 }
 """How a flat name begins -> the components whose layers it may mean. None begins as another does."""
+
+_BEGINNINGS = tuple(PREFIXES)
+
+FLUX_FLAT = re.compile(
+    r"lora_unet_(double_blocks|single_blocks|img_in|txt_in|time_in|vector_in|guidance_in|final_layer)_"
+    r"|lora_unet_(img_in|txt_in)\."
+    r"|lora_transformer_((single_)?transformer_blocks|time_text_embed|x_embedder|context_embedder|norm_out|proj_out)"
+)
+FLUX_DOTTED = re.compile(
+    r"(?:diffusion_model\.)?(?P<rest>(?:double_blocks|single_blocks)\.\d+\..+"
+    r"|(?:img_in|txt_in|time_in|vector_in|guidance_in|final_layer)\..+)"
+)
+"""The names of Flux.1, which are those of its own code (see `flux.py`): flat and with dots."""
 
 _LYCORIS = re.compile(
     r"hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?|dora_scale|magnitude|diff(_b)?|[wb]_norm|on_input|weight|bias|"
@@ -101,7 +116,7 @@ class FlatNames:
 
 def is_flat(name: str) -> bool:
     """Whether a layer's or a tensor's name begins as flat names do."""
-    return _prefix(name) is not None
+    return name.startswith(_BEGINNINGS)
 
 
 def of_lycoris(name: str) -> bool:
@@ -114,6 +129,8 @@ def spell(path: LayerPath, sdxl: bool) -> str | None:
     root, rest = split_root(path)
     if root == "unet":
         return "lora_unet_" + flat((original_name(rest) if sdxl else None) or rest)
+    if root == "transformer":
+        return "lora_transformer_" + flat(rest)
     if root in ("text_encoder", "text_encoder_2"):
         prefix = "lora_te2_" if root == "text_encoder_2" else "lora_te1_" if sdxl else "lora_te_"
         return prefix + flat(_with_text_model(rest))
@@ -122,7 +139,9 @@ def spell(path: LayerPath, sdxl: bool) -> str | None:
 
 def is_sdxl(state: AdapterState) -> bool:
     """Whether an adapter is for SDXL: by its base, its second text encoder or the width of its text."""
-    if state.metadata.base_family in ("sd1", "sd2"):
+    if state.metadata.base_family in ("sd1", "sd2") or any(
+        p.startswith("transformer.") for p in state.layers
+    ):
         return False
     if state.metadata.base_family == "sdxl":
         return True
@@ -170,8 +189,13 @@ def original_names(layers: Collection[LayerPath]) -> dict[str, LayerPath]:
 
 
 def known_layers() -> tuple[LayerPath, ...]:
-    """The layers of every well-known base, with CLIP's `text_model.`."""
-    roots = {"unet": ANY_UNET, "text_encoder": CLIP_TEXT[:1], "text_encoder_2": CLIP_TEXT}
+    """The layers and normalisations of every well-known base, with CLIP's `text_model.`."""
+    roots = {
+        "unet": (*ANY_UNET, *UNET_NORMS),
+        "transformer": ANY_TRANSFORMER,
+        "text_encoder": (*CLIP_TEXT[:1], *CLIP_NORMS),
+        "text_encoder_2": (*CLIP_TEXT, *CLIP_NORMS),
+    }
     return tuple(f"{root}.{name}" for root, patterns in roots.items() for name in expand(patterns))
 
 
@@ -228,7 +252,7 @@ def _table(layers: Collection[LayerPath]) -> _Table:
 
 def _with_text_model(rest: str) -> str:
     """A text encoder's layer as files have always spelled it."""
-    return "text_model." + rest if rest.startswith("encoder.layers.") else rest
+    return "text_model." + rest if rest.startswith(CLIP_BEGINS) else rest
 
 
 def _original_names(rest: str, level: int) -> Iterator[str]:

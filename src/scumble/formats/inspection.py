@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scumble.adapters.biased import UP_BIAS, apart
 from scumble.adapters.factors import change_of
 from scumble.adapters.families import FAMILIES
 from scumble.adapters.magnitude import INPUTS, OUTPUTS
@@ -20,6 +21,7 @@ from scumble.formats.codec import base_title, cross_attention_width, down_shapes
 from scumble.formats.container import files_of
 from scumble.formats.keymap import ROOTS, split_root
 from scumble.formats.kinds import weight_shape
+from scumble.formats.tables.bases import told_by
 
 _MAGNITUDES = {INPUTS, OUTPUTS}
 
@@ -112,11 +114,19 @@ def digest_of(path: Path) -> str:
 
 
 def change_norm(layer: LayerState, weight: Tensor | None = None) -> float | None:
-    """Frobenius norm of the change that `layer` makes to its weight, at strength 1.
+    """Frobenius norm of the change that `layer` makes to its weight and bias, at strength 1.
 
     ||L R||^2 = sum(L'L * RR'): two (r, r) matrices, so the full change is never built. Families whose change is no
     thin product need the base's `weight`; None is the answer without.
     """
+    layer, sides = apart(layer)
+    if sides:
+        parts = [t.double().norm() * (layer.scale if name == UP_BIAS else 1) for name, t in sides.items()]
+        rest = change_norm(layer, weight) if layer.tensors else 0.0
+        return None if rest is None else math.hypot(rest, *map(float, parts))
+    diff = layer.tensors.get("diff")
+    if layer.family == "full" and diff is not None:
+        return abs(layer.scale) * float(diff.double().norm())
     thin = FAMILIES.get(layer.family).thin(layer)
     if thin is None:
         return None if weight is None else float(change_of("", layer, {"": weight}).norm())
@@ -126,12 +136,31 @@ def change_norm(layer: LayerState, weight: Tensor | None = None) -> float | None
     return math.sqrt(max(0.0, float(squares.sum())))
 
 
+def is_idle(layer: LayerState) -> bool:
+    """Whether `layer` changes nothing: `change_norm` is 0, told from one column of the change where that is enough."""
+    if layer.family == "lora" and layer.scale and layer.tensors.keys() >= {"up", "down"}:
+        # in fp32, which torch multiplies many times as fast as fp16
+        up, down = (layer.tensors[name].flatten(1) for name in ("up", "down"))
+        if bool((up.float() @ down[:, 0].float()).any()):
+            return False
+    norm = change_norm(layer)
+    acting = [bool(tensor.any()) for tensor in layer.tensors.values()]
+    if norm is None and not all(acting) and not _MAGNITUDES & layer.tensors.keys():
+        # products of several tensors, where one that is 0 may make all of it 0: any base's weight will tell
+        shape = weight_shape(layer)
+        return not any(acting) or (
+            bool(shape) and 0 not in shape and change_norm(layer, torch.ones(shape)) == 0
+        )
+    return norm == 0.0
+
+
 def _vectors(token: TokenState) -> int:
     return max((vectors.shape[0] for vectors in token.vectors.values()), default=0)
 
 
 def _base(state: AdapterState) -> str:
-    shape = base_title(cross_attention_width(down_shapes(state)), state.metadata.base_family)
+    family = state.metadata.base_family or told_by(state.layers)
+    shape = base_title(cross_attention_width(down_shapes(state)), family)
     parts = [state.metadata.base_name, shape or state.metadata.base_family]
     return ", ".join(part for part in parts if part)
 

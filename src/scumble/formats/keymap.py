@@ -16,10 +16,18 @@ ROOTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_
 """Components of diffusers pipelines that adapters go to."""
 
 
+CLIP_BEGINS = ("encoder.layers.", "final_layer_norm")
+"""How the names of CLIP's layers begin, less `text_model.`."""
+
+
 def split_root(spelled: str) -> tuple[str, str]:
-    """(component, rest) of a layer's name. A component saved alone has no prefix; only UNets are."""
+    """(component, rest) of a layer's name. A component saved alone has no prefix: a text encoder, which its names
+    tell, or a UNet."""
     root, _, rest = spelled.partition(".")
-    return (root, rest) if root in ROOTS else ("unet", spelled)
+    if root in ROOTS:
+        return root, rest
+    alone = spelled.startswith(("text_model.", *CLIP_BEGINS))
+    return ("text_encoder" if alone else "unet"), spelled
 
 
 class Names(Protocol):
@@ -48,7 +56,9 @@ class LayerNames:
         """The layer that a file calls `spelled`, or None when the base has no such layer."""
         if self._layers is None:
             return _spellings(spelled)[0]
-        return next((path for path in (spelled, *_spellings(spelled)) if path in self._layers), None)
+        if spelled in self._layers:
+            return spelled
+        return next((path for path in _spellings(spelled) if path in self._layers), None)
 
     def shape(self, path: LayerPath) -> Sequence[int] | None:
         """The shape of a layer's weight, (out, in[, k, k]), or None when it is not known."""
@@ -75,6 +85,6 @@ def _spellings(spelled: str) -> list[LayerPath]:
 def classic(path: LayerPath) -> str:
     """`path` as files have always spelled it: with CLIP's `text_model.`."""
     root, rest = split_root(path)
-    if root.startswith("text_encoder") and rest.startswith("encoder.layers."):
+    if root.startswith("text_encoder") and rest.startswith(CLIP_BEGINS):
         return f"{root}.text_model.{rest}"
     return path

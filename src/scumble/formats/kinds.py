@@ -4,9 +4,12 @@
     ... and dora_scale, lora_magnitude_vector or magnitude          dora
     hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b [hada_t1, hada_t2]   loha
     lokr_w1 or lokr_w1_a, lokr_w1_b; lokr_w2 or lokr_w2_a, ...      lokr
-    diff                                                            full
+    diff, or on a normalisation w_norm                              full
+    oft_blocks [rescale], oft_R.weight [oft_R.scaled_oft]           oft; boft where oft_blocks has four dimensions
     weight, on_input                                                ia3: only where names are flat
     scumble.<family>.<tensor>                                       any other family: ours alone
+    diff_b, b_norm                                                  a change to the bias, beside any family or alone
+    lora_up.bias                                                    one that is scaled with LoRA's factors
 
 Dialects differ in how they call layers. In these endings LyCORIS, peft, ComfyUI and OneTrainer agree, so this
 table is the only place that knows them.
@@ -14,20 +17,30 @@ table is the only place that knows them.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from scumble.adapters.biased import BIAS, UP_BIAS, apart
 from scumble.adapters.families import FAMILIES
 from scumble.adapters.magnitude import INPUTS, OUTPUTS
+from scumble.adapters.oft import INPUT_FORMS, triangle_size
 from scumble.adapters.operate import Layer
 from scumble.adapters.state import LayerState
 from scumble.errors import FormatError
+
+LIMITED = frozenset({"oft", "boft"})
+"""Families whose alpha is a limit, where 0 means none, and no scale."""
+
+_MARKS = frozenset({"on_input", "scaled_oft"})
+"""Parts that are a sign and no floating-point numbers."""
 
 MAGNITUDES = {"lora_magnitude_vector", "dora_scale", "magnitude"}
 """Parts that hold a magnitude."""
@@ -37,13 +50,21 @@ ENDINGS: tuple[tuple[re.Pattern[str], str], ...] = (
     *(
         (re.compile(rf"(.+)\.{part}(?:\.default)?"), part)
         for part in (
-            *("dora_scale", "magnitude", "diff"),
+            *("dora_scale", "magnitude", "diff", "diff_b", "w_norm", "b_norm", "oft_blocks", "rescale"),
             *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
             *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
         )
     ),
+    (re.compile(r"(.+)\.lora_(?:B|up)(?:\.default)?\.bias"), "up_bias"),
+    (re.compile(r"(.+)\.lora(?:_linear_layer)?\.up\.bias"), "up_bias"),
+    (re.compile(r"(.+)\.oft_R(?:\.default)?\.weight"), "oft_R"),
+    (re.compile(r"(.+)\.oft_R\.scaled_oft"), "scaled_oft"),
+    (re.compile(r"(.+)\.ia3_l(?:\.default)?"), "ia3_l"),
 )
 """Patterns of whole tensor names -> part. The first group is the layer."""
+
+BIASES = {"diff_b": BIAS, "b_norm": BIAS, "up_bias": UP_BIAS}
+"""Parts that change a layer's bias -> our names for them."""
 
 _OWN = re.compile(r"(.+)\.(scumble\.\w+\.\w+)")
 """The ending of a family that no other tool has files of: an outsider's."""
@@ -66,12 +87,10 @@ class Kind:
     """Part -> the family's own name for the tensor: what comes after this."""
     magnitudes: bool = False
     """Whether a magnitude may stand beside the parts."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Part -> the family's own name for the tensor, where it is another."""
     own: bool = False
     """Whether the endings are ours alone; rank and alpha are then in our header entry."""
-
-    def claims(self, parts: Mapping[str, object]) -> bool:
-        """Whether any of a layer's parts is this family's."""
-        return any(part in parts for form in self.forms for part in form)
 
 
 KINDS = (
@@ -98,18 +117,42 @@ KINDS = (
         prefix="lokr_",
         magnitudes=True,
     ),
-    Kind("full", (("diff",),)),
-    Kind("ia3", (("weight", "on_input"),)),
+    Kind("full", (("diff",), ("w_norm",))),
+    Kind(
+        "oft",
+        (
+            *(("oft_blocks",), ("oft_blocks", "rescale"), ("oft_R",), ("oft_R", "scaled_oft")),
+            *(("triangles",), ("series",)),  # made of peft's one name
+        ),
+        names={"oft_blocks": "blocks", "oft_R": "weight_series"},
+    ),
+    Kind("boft", (("oft_blocks",), ("oft_blocks", "rescale")), names={"oft_blocks": "blocks"}),
+    # the second and third are made of peft's one name
+    Kind("ia3", (("weight", "on_input"), ("multipliers",), ("input_multipliers",))),
 )
 """Every family but LoRA and DoRA, whose pairs have endings of their own in every dialect."""
+
+_BY_PART = {
+    part: number for number, kind in reversed([*enumerate(KINDS)]) for form in kind.forms for part in form
+}
+"""Part -> the first kind that claims it."""
+
+_FULL = next(kind for kind in KINDS if kind.family == "full")
 
 
 def kind_of(parts: Mapping[str, object]) -> Kind | None:
     """The family of a layer with these parts; None for LoRA and DoRA."""
     own = next((part.split(".")[1] for part in parts if part.startswith("scumble.")), None)
-    return _own(own) if own else next((kind for kind in KINDS if kind.claims(parts)), None)
+    if own:
+        return _own(own)
+    claims = [_BY_PART[part] for part in parts if part in _BY_PART]
+    if claims:
+        return KINDS[min(claims)]
+    alone = BIASES.keys() & parts.keys() and not {"down", "up"} & parts.keys()
+    return _FULL if alone else None
 
 
+@lru_cache(maxsize=8192)
 def split_ending(name: str, flat: bool = False) -> tuple[str, str]:
     """(layer, part) of a tensor's name; part is empty for others."""
     for pattern, part in (*ENDINGS, *(FLAT_ENDINGS if flat else ())):
@@ -127,6 +170,7 @@ def state_of(kind: Kind, spelled: str, parts: Mapping[str, Tensor]) -> LayerStat
     """
     found = {part: tensor for part, tensor in parts.items() if part != "alpha"}
     extra = {part: found.pop(part) for part in tuple(found) if kind.magnitudes and part in MAGNITUDES}
+    sides = {part: found.pop(part) for part in tuple(found) if part in BIASES}
     if kind.own:
         if kind.family not in FAMILIES or not all(part.startswith(kind.prefix) for part in found):
             raise FormatError(
@@ -134,17 +178,26 @@ def state_of(kind: Kind, spelled: str, parts: Mapping[str, Tensor]) -> LayerStat
                 f"(there are {', '.join(FAMILIES)}), or of several. Not applied."
             )
         return LayerState(kind.family, 0, 1.0, {p.removeprefix(kind.prefix): t for p, t in found.items()})
-    if tuple(sorted(found)) not in {tuple(sorted(form)) for form in kind.forms}:
+    alone = kind is _FULL and sides and not found
+    if not alone and tuple(sorted(found)) not in {tuple(sorted(form)) for form in kind.forms}:
         raise FormatError(
             f"The tensors of {spelled!r} are no whole {kind.family}: {', '.join(sorted(found))}. "
             "The file is damaged or was edited. Not applied."
         )
-    if not all(tensor.is_floating_point() for part, tensor in found.items() if part != "on_input"):
+    if not all(tensor.is_floating_point() for part, tensor in found.items() if part not in _MARKS):
         raise FormatError(f"The tensors of {spelled!r} are not all floating point. Not applied.")
-    tensors = {part.removeprefix(kind.prefix): tensor for part, tensor in found.items()}
-    if kind.family == "ia3":
+    tensors = {kind.names.get(part, part.removeprefix(kind.prefix)): tensor for part, tensor in found.items()}
+    family, alpha = kind.family, None
+    if family == "ia3":
         tensors = _ia3(spelled, tensors)
-    state = LayerState(kind.family, 0, 1.0, tensors)
+    if family == "full":
+        tensors = {"diff": next(iter(tensors.values()))} if tensors else {}
+    if family == "oft":
+        family, tensors = _rotation(tensors)
+        alpha = 0.0  # no limit
+    if alone:
+        tensors = bias_tensors(spelled, sides, None)
+    state = LayerState(family, 0, 1.0, tensors)
     shape = weight_shape(state)
     if shape is None:
         raise FormatError(
@@ -154,7 +207,30 @@ def state_of(kind: Kind, spelled: str, parts: Mapping[str, Tensor]) -> LayerStat
         )
     rank = _rank(tensors)
     tensors |= magnitude(spelled, extra, shape)
-    return LayerState(kind.family, rank, float(rank or 1), tensors)
+    if not alone:
+        tensors |= bias_tensors(spelled, sides, shape[0])
+    return LayerState(family, rank, float(rank or 1) if alpha is None else alpha, tensors)
+
+
+def bias_tensors(spelled: str, parts: Mapping[str, Tensor], out: int | None) -> dict[str, Tensor]:
+    """The changes to the bias among a layer's parts under our names, (out,); empty when there are none.
+
+    Raises:
+        FormatError: there are two, or it is no number for each of `out` outputs (None: however many there are).
+    """
+    found = {part: tensor for part, tensor in parts.items() if part in BIASES}
+    tensors = {BIASES[part]: tensor.flatten() for part, tensor in found.items()}
+    wrong = any(
+        not tensor.is_floating_point() or (out or tensor.numel()) != tensor.numel()
+        for tensor in found.values()
+    )
+    if wrong or len(tensors) < len(found):
+        shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in sorted(found.items()))
+        raise FormatError(
+            f"The change to the bias of {spelled!r} should be one number for each "
+            f"{f'of {out} outputs' if out else 'output'}: {shapes}. Not applied."
+        )
+    return tensors
 
 
 def magnitude(spelled: str, parts: Mapping[str, Tensor], shape: Sequence[int]) -> dict[str, Tensor]:
@@ -195,9 +271,13 @@ def weight_shape(state: LayerState) -> tuple[int, ...] | None:
                 b, d, *kernel = t["w2"].shape if "w2" in t else _product(t, "w2_a", "w2_b", "t2")
                 return (a * b, c * d, *kernel)
             case "full":
-                return tuple(t["diff"].shape)
+                return tuple(t["diff"].shape) if "diff" in t else (len(t[BIAS]), 0)
             case "ia3":
-                return (len(t["factors"]), 0) if "factors" in t else (0, len(t["input_factors"]))
+                ((name, factors),) = apart(state)[0].tensors.items()
+                number = factors.numel()
+                return (0, number) if name.startswith("input_") else (number, 0)
+            case "oft" | "boft":
+                return _turned_shape(state.family, t)
     except (KeyError, ValueError, IndexError):
         return None
     return None
@@ -206,6 +286,11 @@ def weight_shape(state: LayerState) -> tuple[int, ...] | None:
 def fit_tensors(state: LayerState, weight: Sequence[int]) -> LayerState | None:
     """`state` for a weight of this shape, its tensors reshaped where only kernels were written otherwise; None when
     it does not fit."""
+    if len(weight) < 2 and state.family != "full":  # a normalisation
+        return None
+    state, sides = apart(state)
+    if any(tensor.shape[0] != weight[0] for tensor in sides.values()):
+        return None
     base = cast(Layer, SimpleNamespace(weight=torch.empty(tuple(weight), device="meta")))
     tensors = {}
     for name, expected in FAMILIES.get(state.family).expected_shapes(base, state).items():
@@ -217,7 +302,7 @@ def fit_tensors(state: LayerState, weight: Sequence[int]) -> LayerState | None:
         ):
             return None
         tensors[name] = tensor.reshape(expected)
-    return replace(state, tensors=tensors) if tensors.keys() == state.tensors.keys() else None
+    return replace(state, tensors={**tensors, **sides}) if tensors.keys() == state.tensors.keys() else None
 
 
 def parts_of(state: LayerState) -> dict[str, Tensor]:
@@ -236,8 +321,23 @@ def parts_of(state: LayerState) -> dict[str, Tensor]:
             "weight": state.tensors["input_factors" if on_input else "factors"],
             "on_input": torch.tensor(int(on_input)),
         }
-    names = (name for name in state.tensors if kind.own or name not in (OUTPUTS, INPUTS))
-    return {kind.prefix + name: state.tensors[name] for name in names}
+    if kind is _FULL:
+        diff = state.tensors.get("diff")
+        return {} if diff is None else {"diff" if diff.ndim > 1 else "w_norm": diff}
+    spelled = {name: {"oft_R": "oft_R.weight"}.get(part, part) for part, name in kind.names.items()}
+    tensors = state.tensors if kind.own else apart(state)[0].tensors
+    names = [name for name in tensors if kind.own or name not in (OUTPUTS, INPUTS)]
+    if kind.names:
+        return {spelled.get(name, name): tensors[name] for name in names}
+    return {kind.prefix + name: tensors[name] for name in names}
+
+
+def bias_parts(state: LayerState) -> dict[str, Tensor]:
+    """The inverse of `bias_tensors`."""
+    diff = state.tensors.get("diff")
+    norm = diff is not None and diff.ndim == 1
+    names = {BIAS: "b_norm" if norm else "diff_b", UP_BIAS: "lora_up.bias"}
+    return {names[name]: tensor for name, tensor in state.tensors.items() if name in names}
 
 
 def is_own(family: str) -> bool:
@@ -246,7 +346,9 @@ def is_own(family: str) -> bool:
 
 
 def has_alpha(family: str) -> bool:
-    """Whether files of a family have an alpha: where some form of it has a rank."""
+    """Whether files of a family have an alpha: where some form of it has a rank, or a limit."""
+    if family in LIMITED:
+        return True
     forms = next((kind.forms for kind in KINDS if kind.family == family), None)
     return forms is None or any(part.endswith("_b") for form in forms for part in form)
 
@@ -278,12 +380,48 @@ def _product(t: Mapping[str, Tensor], a: str, b: str, core: str) -> tuple[int, .
 
 
 def _rank(tensors: Mapping[str, Tensor]) -> int:
-    """The rows of the factors on the input side, which must agree; 0 where there is none."""
+    """The rows of the factors on the input side, which must agree, or the size of the blocks that turn; 0 where there
+    is none."""
+    if "blocks" in tensors:
+        return tensors["blocks"].shape[-1]
+    form = next((name for name in INPUT_FORMS if name in tensors), None)
+    if form is not None:
+        return triangle_size(tensors[form].shape[-1])
     ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("_b") or name == "down"}
     return ranks.pop() if len(ranks) == 1 else 0
 
 
+def _rotation(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """The family of blocks that turn, and its tensors."""
+    tensors = dict(tensors)
+    if (
+        tensors.pop("scaled_oft", None) is not None
+    ):  # OneTrainer's learning rates are for numbers of this size
+        numbers = tensors["weight_series"]
+        wide = numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+        size = triangle_size(numbers.shape[-1]) if numbers.ndim == 2 else 0
+        tensors["weight_series"] = wide / (2 * math.sqrt(max(1, size - 1)))
+    blocks = tensors.get("blocks")
+    return "boft" if blocks is not None and blocks.ndim == 4 else "oft", tensors
+
+
+def _turned_shape(family: str, t: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """(out, 0) where outputs turn, (0, in * k * k) where inputs do; None where the tensors contradict each other. One
+    block that all share tells neither."""
+    form = next((name for name in INPUT_FORMS if name in t), None)
+    if form is not None:
+        number, size = t[form].shape[0], triangle_size(t[form].shape[1])
+        return (0, number * size if number > 1 else 0) if t[form].ndim == 2 and size else None
+    number, size, other = t["blocks"].shape[-3:]
+    wrong = size != other or t["blocks"].ndim != (4 if family == "boft" else 3)
+    if wrong or ("rescale" in t and t["rescale"].numel() != number * size):
+        return None
+    return number * size, 0
+
+
 def _ia3(spelled: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if "on_input" not in tensors:
+        return dict(tensors)
     if tensors["on_input"].numel() != 1:
         raise FormatError(f"on_input of {spelled!r} should be one number. Not applied.")
     return {"input_factors" if bool(tensors["on_input"]) else "factors": tensors["weight"].flatten()}

@@ -23,12 +23,13 @@ from functools import partial
 
 import torch
 
+from scumble.adapters.biased import SIDES
 from scumble.adapters.state import AdapterState, LayerPath, LayerState, Metadata
 from scumble.errors import WrongBase
 from scumble.formats.bundles import with_tokens
 from scumble.formats.codec import cannot_represent, cross_attention_width, down_shapes
 from scumble.formats.container import TensorFile, to_bytes
-from scumble.formats.flat_names import FlatNames, is_flat, is_sdxl, of_lycoris, spell
+from scumble.formats.flat_names import FLUX_FLAT, FlatNames, is_flat, is_sdxl, of_lycoris, spell
 from scumble.formats.metadata import compact, to_header
 from scumble.formats.pairs import (
     Decoded,
@@ -43,16 +44,20 @@ from scumble.formats.tables.bases import WIDTHS
 
 _TRANSFORMER = re.compile(
     r"(lora_unet|lycoris)_(transformer_)?(double_blocks|single_blocks|joint_blocks|transformer_blocks|"
-    r"single_transformer_blocks)_|lora_transformer_"
+    r"single_transformer_blocks)_"
 )
 _LEGACY_WINDOW = slice(0x100000, 0x110000)
 _SAID = {
     "sd1": ("sd_v1", "stable-diffusion-v1/lora", "512x512"),
     "sd2": ("sd_v2", "stable-diffusion-v2-512/lora", "512x512"),
     "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora", "1024x1024"),
+    "flux": ("flux1", "flux-1-dev/lora", "1024x1024"),
 }
 """Base family -> (ss_base_model_version, modelspec.architecture, modelspec.resolution)."""
-_CODE = {"sdxl": "https://github.com/Stability-AI/generative-models"}
+_CODE = {
+    "sdxl": "https://github.com/Stability-AI/generative-models",
+    "flux": "https://github.com/black-forest-labs/flux",
+}
 """Base family -> modelspec.implementation, where it is not "diffusers"."""
 _PREDICTION = {"epsilon": "epsilon", "v_prediction": "v"}
 
@@ -63,8 +68,8 @@ class Kohya:
     name = "kohya"
 
     def matches(self, file: TensorFile) -> bool:
-        """Whether any tensor is a factor under a flat name, and none is of a family that LyCORIS adds."""
-        if any(of_lycoris(name) for name in file.tensors):
+        """Whether any tensor is a factor under a flat name, and none is of a family that LyCORIS adds or of Flux."""
+        if any(of_lycoris(name) or FLUX_FLAT.match(name) for name in file.tensors):
             return False
         return any(is_flat(name) and split_factor(name)[1] in ("down", "up") for name in file.tensors)
 
@@ -91,11 +96,13 @@ class Kohya:
             return f"it holds lora, not {', '.join(foreign)}"
         sdxl, seen = is_sdxl(state), dict[str, LayerPath]()
         for path, layer in state.layers.items():
-            spelled = spell(path, sdxl)
+            spelled = None if path.startswith("transformer.") else spell(path, sdxl)
             if spelled is None:
                 return f"it has no name for {path!r}"
             if spelled in seen:
                 return f"it has one name for {seen[spelled]!r} and {path!r}"
+            if SIDES & layer.tensors.keys():
+                return f"it has no place for the change to the bias of {path!r}"
             if layer.alpha == 0:
                 return f"alpha 0 means alpha = rank in it, and {path!r} has alpha 0"
             seen[spelled] = path
@@ -133,8 +140,8 @@ def refuse_transformers(file: TensorFile) -> None:
     if strange:
         raise WrongBase(
             f"{file.label} is for a diffusion transformer (Flux, SD 3 or later): {len(strange)} of "
-            f"{len(file.tensors)} tensors are for its blocks, first {strange[0][:120]!r}. This version reads "
-            "adapters for SD 1, SD 2 and SDXL."
+            f"{len(file.tensors)} tensors are for its blocks, first {strange[0][:120]!r}. Under such names this "
+            "version reads adapters for SD 1, SD 2 and SDXL, and plain LoRA for Flux.1."
         )
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from scumble.adapters.biased import BIAS, UP_BIAS
 from scumble.adapters.magnitude import INPUTS, OUTPUTS
 from scumble.adapters.state import AdapterState, LayerPath, LayerState
 from scumble.errors import FormatError
@@ -74,6 +75,8 @@ class Patterns:
 
     def get(self, name: str, default: Any) -> Any:
         """The value of the first pattern that fits `name`, else `default`."""
+        if not self.plain and not self.expressions:
+            return default
         parts = name.split(".")
         endings = ["^" + name, *(".".join(parts[start:]) for start in range(len(parts)))]
         hits = [self.plain[ending] for ending in endings if ending in self.plain]
@@ -104,6 +107,10 @@ def pair_obstacle(state: AdapterState) -> str | None:
     families: dict[str, set[str]] = {}
     for path, layer in state.layers.items():
         families.setdefault(path.partition(".")[0], set()).add(layer.family)
+        if BIAS in layer.tensors:
+            return f"it has no place for the change to the bias of {path!r}"
+        if UP_BIAS in layer.tensors and layer.family != "lora":
+            return f"it holds no bias beside {layer.family}, as that of {path!r}"
         if INPUTS in layer.tensors:
             return f"it holds magnitudes of outputs, not of inputs as that of {path!r}"
     foreign = sorted({name for names in families.values() for name in names} - {"lora", "dora"})
@@ -122,6 +129,8 @@ def pair_tensors(path: LayerPath, layer: LayerState) -> dict[str, Tensor]:
     pair = {name: layer.tensors[name] for name in ("down", "up") if name in layer.tensors}
     check_lora(path, replace(layer, tensors=pair))
     tensors = {"lora_A.weight": pair["down"], "lora_B.weight": pair["up"]}
+    if UP_BIAS in layer.tensors:
+        tensors["lora_B.bias"] = layer.tensors[UP_BIAS]
     if OUTPUTS in layer.tensors:
         flat = layer.tensors[OUTPUTS]
         shape = (-1,) if pair["down"].ndim == 2 else (1, -1, *(1 for _ in pair["down"].shape[2:]))
@@ -144,29 +153,46 @@ def refuse_lost_magnitudes(state: AdapterState, roots: Collection[str], source: 
 
 
 def lora_configs(
-    facts: Mapping[LayerPath, LayerFacts], dora: Collection[LayerPath] = ()
+    facts: Mapping[LayerPath, LayerFacts],
+    dora: Collection[LayerPath] = (),
+    biased: Collection[LayerPath] = (),
 ) -> dict[str, dict[str, Any]]:
     """The fields of `LoraConfig`, per component, by which peft and diffusers give every layer its own scale.
 
-    `dora`: the layers with a magnitude.
+    `dora`: the layers with a magnitude; `biased`: those with a bias that is scaled with the factors.
     """
     table: dict[str, dict[str, Any]] = {}
     for root in sorted({path.partition(".")[0] for path in facts}):
         mine = {p.partition(".")[2]: fact for p, fact in facts.items() if p.partition(".")[0] == root}
         stabilized = majority(fact.rank_stabilized for fact in mine.values())
-        rank = majority(fact.rank for fact in mine.values())
-        alphas = {name: _alpha_for(fact, stabilized) for name, fact in mine.items()}
-        alpha = majority(alphas.values())
         table[root] = {
-            "r": rank,
-            "lora_alpha": alpha,
-            "target_modules": sorted(_ending(name) for name in mine),
-            "rank_pattern": {_anchored(name): fact.rank for name, fact in mine.items() if fact.rank != rank},
-            "alpha_pattern": {_anchored(name): value for name, value in alphas.items() if value != alpha},
-            "use_rslora": stabilized,
+            **pattern_fields(mine, stabilized),
             "use_dora": any(path.partition(".")[0] == root for path in dora),
         }
+        if any(path.partition(".")[0] == root for path in biased):  # older peft does not know the word
+            table[root]["lora_bias"] = True
     return table
+
+
+def pattern_fields(facts: Mapping[str, LayerFacts], stabilized: bool) -> dict[str, Any]:
+    """The fields by which each of these layers (without component) gets its own rank and scale: the commonest, and
+    patterns for the others. `stabilized`: whether scales are alpha / sqrt(r)."""
+    rank = majority(fact.rank for fact in facts.values())
+    alphas = {name: _alpha_for(fact, stabilized) for name, fact in facts.items()}
+    alpha = majority(alphas.values())
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": target_modules(facts),
+        "rank_pattern": {_anchored(name): fact.rank for name, fact in facts.items() if fact.rank != rank},
+        "alpha_pattern": {_anchored(name): value for name, value in alphas.items() if value != alpha},
+        "use_rslora": stabilized,
+    }
+
+
+def target_modules(names: Iterable[str]) -> list[str]:
+    """Layers (without component) as peft looks for them."""
+    return sorted(_ending(name) for name in names)
 
 
 def _alpha_for(fact: LayerFacts, stabilized: bool) -> float | int:

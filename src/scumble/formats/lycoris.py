@@ -4,6 +4,8 @@
     lora_unet_..._to_q.lokr_w1 (a, c), .lokr_w2_a (b, r), .lokr_w2_b (r, d k k), .alpha
     lora_unet_..._to_q.lora_down.weight, .lora_up.weight, .alpha, .dora_scale (out, 1) or, older, (1, in)
     lora_unet_..._to_q.diff (out, in); .weight (out,) with .on_input
+    lora_unet_..._to_q.oft_blocks (n, b, b) or, of BOFT, (m, n, b, b), .rescale, .alpha
+    lora_unet_..._norm1.w_norm (channels,), .b_norm; .diff_b (out,) beside any other
 
 Endings are those of `kinds.py`; families may be mixed in one file, plain LoRA among them. The scale is alpha / r,
 and 1 where there is no rank: `diff`, `weight`, and LoKr with both matrices whole. A family that no other tool has
@@ -21,14 +23,25 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from scumble.adapters.biased import BIAS, UP_BIAS
 from scumble.adapters.families import FAMILIES
 from scumble.adapters.magnitude import INPUTS, OUTPUTS
 from scumble.adapters.state import AdapterState, LayerPath, LayerState
+from scumble.errors import NoEffect
 from scumble.formats.bundles import with_tokens
 from scumble.formats.codec import cannot_represent
 from scumble.formats.container import TensorFile
 from scumble.formats.flat_names import FlatNames, is_flat, is_sdxl, of_lycoris, spell
-from scumble.formats.kinds import has_alpha, is_own, parts_of, split_ending, told_rank, weight_shape
+from scumble.formats.kinds import (
+    LIMITED,
+    bias_parts,
+    has_alpha,
+    is_own,
+    parts_of,
+    split_ending,
+    told_rank,
+    weight_shape,
+)
 from scumble.formats.kohya import hashes, refuse_transformers, tool_header
 from scumble.formats.metadata import compact, to_header
 from scumble.formats.pairs import Decoded, Factor, assemble, check_lora, refuse_unsupported, split_factor
@@ -51,25 +64,23 @@ class Lycoris:
         return any(of_lycoris(name) for name in file.tensors)
 
     def decode(self, file: TensorFile, layers: Collection[LayerPath] | None) -> Decoded:
-        """See `Codec.decode`. Changes to biases and norms are left out where they are zero, else refused."""
-        zero = [name for name, tensor in file.tensors.items() if _is_zero_side(name, tensor)]
-        refuse_unsupported(name for name in file.tensors if name not in zero)
+        """See `Codec.decode`."""
+        refuse_unsupported(file.tensors)
+        _refuse_nothing(file)
         refuse_transformers(file)
         factors = [
-            Factor(name, *split)
-            for name in file.tensors
-            if is_flat(name) and (split := _split(name))[1] and name not in zero
+            Factor(name, *split) for name in file.tensors if is_flat(name) and (split := _split(name))[1]
         ]
         whole = {factor.layer for factor in factors if factor.part != "alpha"}
         factors = [factor for factor in factors if factor.layer in whole]
         scales = partial(settle, file, zero_means_rank=True)
-        return with_tokens(file, assemble(file, factors, FlatNames(layers), scales, zero))
+        return with_tokens(file, assemble(file, factors, FlatNames(layers), scales))
 
     def obstacle(self, state: AdapterState) -> str | None:
         """See `Codec.obstacle`."""
         if state.tokens:
             return "it has no place for learned tokens"
-        if all(layer.family == "lora" for layer in state.layers.values()):
+        if all(layer.family == "lora" and BIAS not in layer.tensors for layer in state.layers.values()):
             return "plain LoRA is kohya's format"
         sdxl, seen = is_sdxl(state), dict[str, LayerPath]()
         for path, layer in state.layers.items():
@@ -80,13 +91,17 @@ class Lycoris:
                 return f"it has no name for {path!r}"
             if spelled in seen:
                 return f"it has one name for {seen[spelled]!r} and {path!r}"
-            if layer.alpha == 0:
+            if UP_BIAS in layer.tensors:
+                return f"it has no bias that is scaled with LoRA's factors, as that of {path!r}"
+            if layer.alpha == 0 and layer.family not in LIMITED:
                 return f"alpha 0 means alpha = rank in it, and {path!r} has alpha 0"
             if is_own(layer.family):  # scale and all in our own header entry
                 seen[spelled] = path
                 continue
             if layer.family not in _PAIRS and weight_shape(layer) is None:
                 return f"the tensors of {path!r} are no whole {layer.family}"
+            if any(name.endswith("multipliers") or name in ("triangles", "series") for name in layer.tensors):
+                return f"{path!r} is in a form of {layer.family} that is peft's"
             if not told_rank(layer) and not math.isclose(layer.scale, 1.0):
                 return f"a change without rank has no alpha in it, and that of {path!r} is {layer.scale:g}"
             seen[spelled] = path
@@ -118,8 +133,13 @@ def _split(name: str) -> tuple[str, str]:
     return (layer, part) if part else split_ending(name, flat=True)
 
 
-def _is_zero_side(name: str, tensor: Tensor) -> bool:
-    return name.endswith((".diff_b", ".w_norm", ".b_norm")) and not tensor.is_meta and not bool(tensor.any())
+def _refuse_nothing(file: TensorFile) -> None:
+    """Refuse what kohya's own OFT reads as no change at all: there, and only there, a limit of 0 is one."""
+    limits = [n for n in file.tensors if n.startswith("oft_") and n.endswith(".alpha")]
+    if limits and not any(bool(file.tensors[name].any()) for name in limits):
+        raise NoEffect(
+            f"{file.label} has no effect: its alpha is 0, which in kohya's OFT allows no turn at all. Not applied."
+        )
 
 
 def _parts(path: LayerPath, layer: LayerState) -> dict[str, Tensor]:
@@ -134,7 +154,9 @@ def _parts(path: LayerPath, layer: LayerState) -> dict[str, Tensor]:
         parts = parts_of(layer)
         dimensions = len(weight_shape(layer) or (0, 0))
         alpha = alpha if has_alpha(layer.family) else {}
-    return parts if is_own(layer.family) else parts | alpha | _dora_scale(layer, dimensions)
+    if is_own(layer.family):
+        return parts
+    return parts | alpha | _dora_scale(layer, dimensions) | bias_parts(layer)
 
 
 def _dora_scale(layer: LayerState, dimensions: int) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,17 +19,24 @@ from scumble.adapters.state import AdapterState, LayerPath, LayerState
 from scumble.errors import FormatError
 from scumble.formats.container import TensorFile
 from scumble.formats.keymap import Names
-from scumble.formats.kinds import fit_tensors, kind_of, magnitude, split_ending, state_of, weight_shape
+from scumble.formats.kinds import (
+    bias_tensors,
+    fit_tensors,
+    kind_of,
+    magnitude,
+    split_ending,
+    state_of,
+    weight_shape,
+)
 from scumble.formats.metadata import LAYERS, LayerFacts, from_header, layer_facts
 
 NO_LAYER = "matched no layer"
 
 _UNSUPPORTED = (
-    (re.compile(r"\.lora_(B|up)\.bias$"), "lora_B.bias (LoRA with biases)"),
     (re.compile(r"\.lora_embedding_[AB](\.weight)?$"), "lora_embedding"),
-    (re.compile(r"\.(oft_(blocks|diag|R(\.\w+)*)|boft_[Rs])$"), "oft_blocks (OFT or BOFT: a rotation)"),
-    (re.compile(r"\.[wb]_norm$"), "w_norm (changed normalisation layers)"),
-    (re.compile(r"\.diff_b$"), "diff_b (changed biases)"),
+    (re.compile(r"\.oft_diag$"), "oft_diag (the first OFT and BOFT of LyCORIS, which stored something else)"),
+    (re.compile(r"\.boft_[Rs]$"), "boft_R (peft's BOFT, which shuffles otherwise than that of LyCORIS)"),
+    (re.compile(r"\.dora_multiplier$"), "dora_multiplier (DoRA on top of OFT)"),
     (re.compile(r"\.(a1|a2|b1|b2|bm)\.weight$"), "a1 and b1 (GLoRA)"),
     (re.compile(r"\.ia3_l$"), "ia3_l (IA3 in peft's spelling)"),
     (re.compile(r"\.lokr_t1$"), "lokr_t1 (LoKr with two cores)"),
@@ -77,6 +85,7 @@ _FACTORS = (
 )
 
 
+@lru_cache(maxsize=8192)
 def split_factor(name: str) -> tuple[str, str]:
     """(layer, part) of a tensor's name, in whatever way its tool calls the parts; part is empty for others."""
     for pattern, part in _FACTORS:
@@ -97,13 +106,18 @@ def refuse_unsupported(names: Iterable[str]) -> None:
     """
     found: dict[str, set[str]] = defaultdict(set)
     for name in names:
-        for pattern, title in _UNSUPPORTED:
-            match = pattern.search(name)
-            if match:
-                found[title].add(name[: match.start()])
+        for title, module in _unsupported(name):
+            found[title].add(module)
     if found:
         listed = ", ".join(f"{title} on {count(modules, 'module')}" for title, modules in found.items())
         raise FormatError(f"unsupported: {listed}. Nothing of the file was used.")
+
+
+@lru_cache(maxsize=8192)
+def _unsupported(name: str) -> tuple[tuple[str, str], ...]:
+    """(title, module) of each family that is not known here and has tensors called so."""
+    matches = ((title, pattern.search(name)) for pattern, title in _UNSUPPORTED)
+    return tuple((title, name[: match.start()]) for title, match in matches if match)
 
 
 def assemble(
@@ -112,8 +126,12 @@ def assemble(
     names: Names,
     scales: Scales,
     ignored: Sequence[str] = (),
+    *,
+    ranked: bool = False,
 ) -> Decoded:
     """The AdapterState of a file that was parsed into `factors`; what is in neither list is reported unused.
+
+    `ranked`: whether `scales` speak of layers whose tensors tell no rank as well; else the scale of those is 1.
 
     Raises:
         FormatError: a factor without its partner, ranks that disagree, two tensors for one place.
@@ -144,13 +162,13 @@ def assemble(
                 f"The file describes one layer twice, as {spelling[path]!r} and as {spelled!r}."
             )
         fact = facts[spelled]
-        if not bare[spelled].rank and LAYERS not in file.metadata:
+        if not ranked and not bare[spelled].rank and LAYERS not in file.metadata:
             fact = LayerFacts(fact.rank, float(fact.rank))  # where there is no rank, the scale is 1
-        layer: LayerState | None = replace(
-            bare[spelled], rank=fact.rank, alpha=fact.alpha, rank_stabilized=fact.rank_stabilized
-        )
+        family, tensors = bare[spelled].family, bare[spelled].tensors
+        layer: LayerState | None
+        layer = LayerState(family, fact.rank, fact.alpha, tensors, fact.rank_stabilized)
         shape = names.shape(path)
-        if layer is not None and shape is not None:
+        if shape is not None:
             layer = fit(layer, shape)
         if layer is None:
             mine = weight_shape(bare[spelled])
@@ -187,8 +205,11 @@ def _bare(file: TensorFile, spelled: str, found: Mapping[str, str]) -> LayerStat
     rank = _rank(file, spelled, found)
     tensors = _factors(file, found)
     shape = (tensors["up"].shape[0], *tensors["down"].shape[1:])
-    extra = magnitude(spelled, {part: file.tensors[name] for part, name in found.items()}, shape)
-    return LayerState("dora" if extra else "lora", rank, float(rank), {**tensors, **extra})
+    parts = {part: file.tensors[name] for part, name in found.items()}
+    extra = magnitude(spelled, parts, shape)
+    family = "dora" if extra else "lora"
+    sides = bias_tensors(spelled, parts, shape[0])
+    return LayerState(family, rank, float(rank), {**tensors, **extra, **sides})
 
 
 def _untold_rank(file: TensorFile, spelled: str, parts: Mapping[str, object]) -> int:
@@ -203,7 +224,6 @@ def _untold_rank(file: TensorFile, spelled: str, parts: Mapping[str, object]) ->
 
 def _rank(file: TensorFile, spelled: str, found: Mapping[str, str]) -> int:
     down, up = file.tensors[found["down"]], file.tensors[found["up"]]
-    shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
     if (
         down.ndim not in (2, 4)
         or up.ndim not in (2, 4)
@@ -211,8 +231,8 @@ def _rank(file: TensorFile, spelled: str, found: Mapping[str, str]) -> int:
         or up.shape[2:].numel() != 1
     ):
         raise FormatError(
-            f"The factors of {spelled!r} have shapes {shapes}; expected (rank, in) and (out, rank), or "
-            "(rank, in, k, k) and (out, rank, 1, 1) for a convolution. Not applied."
+            f"The factors of {spelled!r} have shapes {tuple(down.shape)} and {tuple(up.shape)}; expected "
+            "(rank, in) and (out, rank), or (rank, in, k, k) and (out, rank, 1, 1) for a convolution. Not applied."
         )
     if not (down.is_floating_point() and up.is_floating_point()):
         raise FormatError(
@@ -223,7 +243,7 @@ def _rank(file: TensorFile, spelled: str, found: Mapping[str, str]) -> int:
         if mid.ndim != 4 or tuple(mid.shape[:2]) != (rank, rank) or down.shape[2:].numel() != 1:
             raise FormatError(
                 f"{found['mid']!r} has shape {tuple(mid.shape)}; expected (rank, rank, k, k) between factors "
-                f"of kernel 1, which have {shapes}. Not applied."
+                f"of kernel 1, which have {tuple(down.shape)} and {tuple(up.shape)}. Not applied."
             )
         if not mid.is_floating_point():
             raise FormatError(f"{found['mid']!r} is {mid.dtype}; expected floating point.")
@@ -284,6 +304,7 @@ def fit(layer: LayerState, weight: Sequence[int]) -> LayerState | None:
     if up.shape[0] != weight[0] or not plain or down[0].numel() != math.prod(weight[1:]):
         return None
     tensors: dict[str, Tensor] = {
+        **layer.tensors,
         "down": down.reshape(layer.rank, *weight[1:]),
         "up": up.reshape(weight[0], layer.rank, *(1,) * (len(weight) - 2)),
     }

@@ -4,17 +4,20 @@
     fox/unet/adapter_config.json, ..., fox/text_encoder/...                  several
     base_model.model.down_blocks.2.attentions.1...to_q.lora_A.weight         (r, in[, k, k])
 
-Rank and alpha are in the configuration alone. Layers keep the names of the model at hand, as peft matches them
-exactly; read is CLIP's `text_model.` with and without.
+Other types of adapters (LoHa, LoKr, IA3, OFT) are `peft_types.py`'s. Rank and alpha are in the configuration alone.
+Layers keep the names of the model at hand, as peft matches them exactly; read is CLIP's `text_model.` with and without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from scumble.adapters.biased import SIDES, UP_BIAS
 from scumble.adapters.state import AdapterState, LayerPath, LayerState
 from scumble.errors import FormatError
 from scumble.formats.codec import cannot_represent
@@ -26,6 +29,7 @@ from scumble.formats.lora_config import (
     pair_obstacle,
     pair_tensors,
     refuse_lost_magnitudes,
+    target_modules,
 )
 from scumble.formats.metadata import LayerFacts, compact, parse_table, to_header
 from scumble.formats.pairs import (
@@ -35,6 +39,7 @@ from scumble.formats.pairs import (
     refuse_unsupported,
     split_factor,
 )
+from scumble.formats.peft_types import TYPES, PeftType, projected, type_for
 from scumble.formats.scales import settle
 
 _PREFIX = "base_model.model."
@@ -62,6 +67,8 @@ class Peft:
 
     name = "peft"
     file_name = PEFT_NAME
+    diffusers_reads = False
+    """`load_lora_weights` of diffusers loads such a folder without a word, and without effect."""
 
     def matches(self, file: TensorFile) -> bool:
         """Whether peft's configuration is beside it, or any tensor is called as peft calls it."""
@@ -98,81 +105,164 @@ class Peft:
         """See `Codec.obstacle`."""
         if state.tokens:
             return "it has no place for learned tokens"
-        if (why := pair_obstacle(state)) is not None:
-            return why
         strange = next((path for path in state.layers if split_root(path)[0] not in _CLASSES), None)
-        return None if strange is None else f"it has no folder for {strange!r}"
+        if strange is not None:
+            return f"it has no folder for {strange!r}"
+        for root, layers in _components(state).items():
+            families = sorted({layer.family for layer in layers.values()})
+            kind = type_for(families)
+            biased = next((name for name, layer in layers.items() if SIDES & layer.tensors.keys()), None)
+            if kind is not None and biased is not None:
+                return f"its {families[0]} has no place for the change to the bias of {root}.{biased}"
+            # a mixture is LoRA's to refuse
+            of_lora = {f"{root}.{name}": layer for name, layer in layers.items()}
+            why = pair_obstacle(AdapterState(of_lora)) if kind is None else kind.obstacle(layers)
+            if why is not None:
+                return why
+        return None
 
     def encode(self, state: AdapterState) -> TensorFile:
         """See `Codec.encode`. One component is a folder, several are a folder each."""
         if self.obstacle(state) is not None:
             raise cannot_represent(self, state)
-        dora = [path for path, layer in state.layers.items() if layer.family == "dora"]
-        configs = lora_configs({path: LayerFacts.of(layer) for path, layer in state.layers.items()}, dora)
-        parts = {root: _encode(state, root, fields) for root, fields in configs.items()}
+        parts = {root: _encode(state, root, layers) for root, layers in _components(state).items()}
         return join(parts) if len(parts) > 1 else next(iter(parts.values()))
 
 
-def _encode(state: AdapterState, root: str, fields: Mapping[str, Any]) -> TensorFile:
+def _components(state: AdapterState) -> dict[str, dict[str, LayerState]]:
+    """Component -> its layers, without its name."""
+    found: dict[str, dict[str, LayerState]] = {}
+    for path in sorted(state.layers, key=lambda path: split_root(path)[0]):
+        root, rest = split_root(path)
+        found.setdefault(root, {})[rest] = state.layers[path]
+    return found
+
+
+def _encode(state: AdapterState, root: str, mine: Mapping[str, LayerState]) -> TensorFile:
+    kind = type_for({layer.family for layer in mine.values()})
     tensors: dict[str, Tensor] = {}
-    layers: dict[str, LayerState] = {}
-    for path, layer in state.layers.items():
-        component, rest = split_root(path)
-        if component != root:
-            continue
-        layers[path] = layer
-        tensors |= {f"{_PREFIX}{rest}.{part}": tensor for part, tensor in pair_tensors(path, layer).items()}
+    layers = {f"{root}.{rest}": layer for rest, layer in mine.items()}
+    for rest, layer in mine.items():
+        parts = pair_tensors(f"{root}.{rest}", layer) if kind is None else kind.tensors(layer)
+        tensors |= {f"{_PREFIX}{rest}.{part}": tensor for part, tensor in parts.items()}
     name, module = _CLASSES[root]
     config = {
-        "peft_type": "LORA",
+        "peft_type": "LORA" if kind is None else kind.name,
         "task_type": None,
         "auto_mapping": {"base_model_class": name, "parent_library": module},
         "base_model_name_or_path": state.metadata.base_name or None,
         "inference_mode": True,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "lora_dropout": 0.0,
-        "init_lora_weights": True,
         "modules_to_save": None,
-        **fields,
+        **(_lora_fields(layers)[root] if kind is None else _other_fields(kind, mine)),
     }
     return TensorFile(
         tensors, to_header(state.metadata, layers), beside={PEFT_CONFIG: compact(config) + "\n"}
     )
 
 
+def _lora_fields(layers: Mapping[LayerPath, LayerState]) -> dict[str, dict[str, Any]]:
+    usual = {"bias": "none", "fan_in_fan_out": False, "lora_dropout": 0.0, "init_lora_weights": True}
+    table = lora_configs(
+        {path: LayerFacts.of(layer) for path, layer in layers.items()},
+        [path for path, layer in layers.items() if layer.family == "dora"],
+        [path for path, layer in layers.items() if UP_BIAS in layer.tensors],
+    )
+    return {root: {**usual, **fields} for root, fields in table.items()}
+
+
+def _other_fields(kind: PeftType, layers: Mapping[str, LayerState]) -> dict[str, Any]:
+    return {"target_modules": target_modules(layers), **kind.fields(layers)}
+
+
 def _decode(file: TensorFile, part: str, layers: Collection[LayerPath] | None) -> Decoded:
     config = parse_table(file.beside[PEFT_CONFIG], PEFT_CONFIG) if PEFT_CONFIG in file.beside else None
+    kind = None if config is None else _type_of(config)
     if config is not None:
-        _refuse(config)
-    refuse_unsupported(file.tensors)
+        _refuse(config, file)
+    if kind is None:
+        refuse_unsupported(file.tensors)
+    elif config is not None and config.get("coft"):
+        file = replace(file, tensors=projected(config, file.tensors))
     root = part or _component(file, config or {})
     factors = []
-    for name in file.tensors:
-        spelled, kind = split_factor(name)
-        if kind and kind != "alpha":
-            factors.append(Factor(name, f"{root}.{spelled.removeprefix(_PREFIX)}", kind))
-    reader = LoraConfig(config, PEFT_CONFIG) if config is not None else None
+    told = set()
+    for name, tensor in file.tensors.items():
+        spelled, word = split_factor(name)
+        rest = spelled.removeprefix(_PREFIX)
+        if word and word != "alpha":
+            word = word if kind is None else kind.part(config or {}, rest, word, tensor)
+            factors.append(Factor(name, f"{root}.{rest}", word))
+            told |= {f"{root}.{rest}"} if word.endswith("_b") else set()
 
     def scales(ranks: Mapping[str, int]) -> tuple[Mapping[str, LayerFacts], tuple[str, ...]]:
         headers = {}
-        if reader is not None:
-            headers[PEFT_CONFIG] = {name: reader.facts(name.partition(".")[2]) for name in ranks}
+        if config is not None:
+            reader = _lora_facts(config) if kind is None else kind.facts(config, PEFT_CONFIG)
+            headers[PEFT_CONFIG] = {
+                name: reader(name.partition(".")[2], rank) for name, rank in ranks.items()
+            }
+            if kind is not None:  # matrices that tell no rank have the configuration's
+                said = headers[PEFT_CONFIG]
+                ranks = {name: rank if name in told else said[name].rank for name, rank in ranks.items()}
         facts, notes = settle(file, ranks, headers=headers)
         missing = f"{PEFT_CONFIG} is not beside the file"
-        return facts, (f"{missing}; {notes[0]}",) if reader is None and notes else notes
+        return facts, (f"{missing}; {notes[0]}",) if config is None and notes else notes
 
-    decoded = assemble(file, factors, LayerNames(layers), scales)
+    decoded = assemble(file, factors, LayerNames(layers), scales, ranked=kind is not None)
+    _refuse_overlapping_turns(decoded.state, layers)
     if config is not None and config.get("use_dora"):
         refuse_lost_magnitudes(decoded.state, [root], PEFT_CONFIG)
     return decoded
 
 
-def _refuse(config: Mapping[str, Any]) -> None:
+def _lora_facts(config: Mapping[str, Any]) -> Callable[[str, int], LayerFacts]:
+    reader = LoraConfig(config, PEFT_CONFIG)
+    return lambda layer, rank: reader.facts(layer)
+
+
+def _type_of(config: Mapping[str, Any]) -> PeftType | None:
+    """The type that a configuration says; None for LoRA.
+
+    Raises:
+        FormatError: it is of a type that is not read.
+    """
+    word = str(config.get("peft_type", "LORA")).rpartition(".")[2].upper()
+    if word == "LORA":
+        return None
+    if word not in TYPES:
+        raise FormatError(
+            f"unsupported: a peft adapter of the type {word[:40]}; read are LORA, {', '.join(TYPES)}. Nothing of it "
+            "was used."
+        )
+    return TYPES[word]
+
+
+def _refuse_overlapping_turns(state: AdapterState, layers: Collection[LayerPath] | None) -> None:
+    """Refuse OFT on convolutions above 1x1.
+
+    Raises:
+        FormatError: names a layer.
+    """
+    shapes: Mapping[LayerPath, Sequence[int]] = layers if isinstance(layers, Mapping) else {}
+    for path, layer in state.layers.items():
+        if {"triangles", "series"} & layer.tensors.keys() and torch.Size(
+            shapes.get(path, ())[2:]
+        ).numel() > 1:
+            raise FormatError(
+                f"unsupported: peft's OFT on the convolution {path!r}. It turns overlapping patches of the input and "
+                "adds them up, which no change of a weight does; its own merge gives other pictures. Nothing of it "
+                "was used."
+            )
+
+
+def _refuse(config: Mapping[str, Any], file: TensorFile) -> None:
     """Refuse by name what the configuration says and no tensor shows."""
-    kind = str(config.get("peft_type", "LORA")).rpartition(".")[2].upper()
-    if kind != "LORA":
-        raise FormatError(f"unsupported: a peft adapter of the type {kind[:40]}. Nothing of it was used.")
+    said = config.get("bias") or "none"
+    if said != "none" and any(name.endswith(".bias") and ".lora_B." not in name for name in file.tensors):
+        raise FormatError(
+            f"unsupported: bias {str(said)[:40]!r} in {PEFT_CONFIG}. The file holds whole biases of the base that it "
+            "was trained on, not changes to them. Nothing of the adapter was used."
+        )
     for field in _REFUSED:
         if config.get(field):
             raise FormatError(f"unsupported: {field} in {PEFT_CONFIG}. Nothing of the adapter was used.")

@@ -40,12 +40,14 @@ def settle(
         tolerance = 1e-5
         if layer + ".alpha" in file.tensors:
             alpha = alpha_of(file, layer + ".alpha")
-            if alpha == 0 and zero_means_rank:
+            if alpha == 0 and zero_means_rank and not _limits(file, layer):
                 zero += 1
                 alpha = float(rank)
             said[ALPHA_TENSOR] = LayerFacts(rank, alpha)
             tolerance = max(tolerance, _rounding(file.tensors[layer + ".alpha"].dtype))
         _check(file, layer, rank, said, tolerance)
+        if not said and _limits(file, layer):
+            said["no limit"] = LayerFacts(rank, 0.0)
         absent += not said
         facts[layer] = next(iter(said.values())) if said else LayerFacts(rank, float(rank))
     notes = []
@@ -56,6 +58,11 @@ def settle(
     if zero:
         notes.append(f"alpha 0 on {zero} of {len(ranks)} layers means alpha = rank in this dialect")
     return facts, tuple(notes)
+
+
+def _limits(file: TensorFile, layer: str) -> bool:
+    """Whether a layer's alpha is a limit, which 0 takes away, and not a scale."""
+    return any(layer + ending in file.tensors for ending in (".oft_blocks", ".oft_R.weight"))
 
 
 def alpha_of(file: TensorFile, name: str) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from scumble.errors import ConfigError, FormatError
-from scumble.formats.container import PICKLES, TensorFile, files_of, find, load, save, to_bytes
+from scumble.formats.container import PICKLES, TensorFile, files_of, find, load, read_header, save, to_bytes
 from scumble.formats.metadata import SEAL, SIGNATURE, compact, parse_table
 
 _SIGNED = b"scumble adapter signature 1\n"
@@ -160,6 +161,11 @@ def public_key(given: str) -> str:
     if not isinstance(found, Ed25519PublicKey):
         raise ConfigError(f"{given[:80]} is not an ed25519 key. {_MAKE.format(key='KEY')}")
     return _openssh(found.public_bytes_raw())
+
+
+def signed(files: Iterable[Path]) -> bool:
+    """Whether any of these files carries a signature, valid or not."""
+    return any(SIGNATURE in read_header(file).metadata for file in files)
 
 
 def _one_file(path: str | Path) -> Path:

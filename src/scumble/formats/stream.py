@@ -103,9 +103,43 @@ def rewrite(
                 continue
             changed = changes[name](_read(old, source, layout, name))
             assert changed.dtype == dtype and tuple(changed.shape) == shape, name
-            new.write(changed.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            new.write(_bytes(changed))
             if progress is not None:
                 progress(name)
+
+
+def write_streamed(
+    target: Path,
+    entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    values: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a file of tensors that are made one at a time, when their turn comes. It appears in one step at the end.
+
+    Args:
+        entries: tensor name -> (dtype, shape).
+        values: the tensor of a name, of that dtype and shape.
+
+    Raises:
+        FormatError: the disk refuses, or the header grows too long.
+    """
+    places, position = {}, 0
+    # wide dtypes first, so that every tensor is aligned to its item size
+    for name in sorted(entries, key=lambda name: (-entries[name][0].itemsize, name)):
+        dtype, shape = entries[name]
+        end = position + dtype.itemsize * torch.Size(shape).numel()
+        places[name], position = (dtype, shape, position, end), end
+    with replacing(target) as new:
+        new.write(_header(Layout(places, metadata, 0), metadata))
+        for name, (dtype, shape, _, _) in places.items():
+            tensor = values(name)
+            assert tensor.dtype == dtype and tuple(tensor.shape) == shape, name
+            new.write(_bytes(tensor))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    content: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return content
 
 
 def _header(layout: Layout, metadata: Mapping[str, str]) -> bytes:

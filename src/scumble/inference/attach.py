@@ -18,17 +18,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from scumble.adapters import Adapted, Adapter, base_state, layers_of
+from scumble.adapters import Adapted, Adapter, base_state
+from scumble.adapters.layers import places
 from scumble.adapters.state import LayerPath, Metadata
 from scumble.errors import AdapterError, NoEffect
 from scumble.formats.codec import Read, cross_attention_width, read
 from scumble.formats.container import PEFT_NAME, WEIGHTS_NAME
-from scumble.formats.inspection import change_norm
+from scumble.formats.inspection import is_idle
 from scumble.formats.keymap import ROOTS
-from scumble.formats.tables.bases import WIDTHS
+from scumble.formats.tables.bases import WIDTHS, told_by
 from scumble.inference.provenance import Match, Used, compare
 from scumble.models.family import BaseModel, fingerprint
-from scumble.models.vocabulary import Vocabulary, vocabulary_of
+from scumble.models.prediction import FLOW_SAMPLED, Flow
+from scumble.models.vocabulary import Vocabulary, spelled, vocabulary_of
 
 _KEY = "_scumble_attached"
 _UNNAMED = (Path(WEIGHTS_NAME).stem, Path(PEFT_NAME).stem)
@@ -115,21 +117,30 @@ def load_adapter(
     paths = [path] if isinstance(path, str | Path) else list(path)
     strengths = list(strength) if isinstance(strength, Sequence) else [strength] * len(paths)
     roots = roots_of(pipeline)
-    _refuse_peft(roots)
-    names = _names(name, paths, roots)
+    modules = [module for root in roots.values() for module in _modules(root)]
+    _refuse_peft(modules)
+    names = _names(name, paths, modules)
     if not paths or len({len(paths), len(strengths), len(names)}) != 1:
         raise AdapterError(
             f"{len(paths)} adapters were given with {len(strengths)} strengths and {len(names)} names; "
             "there must be one of each per adapter."
         )
-    layers = layers_of(roots)
+    there = places(roots, norms=True)
+    layers = {path: place.layer for path, place in there.items()}
     done: list[Attached] = []
     # everything that can be wrong with files is found before the first layer is touched
     read_in = [read_checked(where, layers, allow_partial, pipeline, roots) for where in paths]
     try:
         for (found, match, notes), how_much, called in zip(read_in, strengths, names, strict=True):
+            words = vocabularies_of(pipeline)
             adapter = Adapter.load(
-                roots, found.state, name=called, strength=how_much, vocabularies=vocabularies_of(pipeline)
+                roots,
+                found.state,
+                name=called,
+                strength=how_much,
+                vocabularies=words,
+                there=there,
+                finite=True,
             )
             done.append(Attached(called, adapter, found.path, f"applied {found.report}", notes, match))
     except BaseException:
@@ -170,8 +181,9 @@ def roots_of(pipeline: Any) -> dict[str, nn.Module]:
 
 
 def vocabularies_of(pipeline: Any) -> dict[str, Vocabulary]:
-    """The words of each text encoder of a pipeline, under diffusers' name for the encoder."""
-    names = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"}
+    """The words of each text encoder of a pipeline that words are taught to, under diffusers' name for the encoder. A
+    third one is SD 3's T5, which learns none."""
+    names = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
     found = {
         encoder: getattr(pipeline, words, None)
         for encoder, words in names.items()
@@ -180,21 +192,31 @@ def vocabularies_of(pipeline: Any) -> dict[str, Vocabulary]:
     return {encoder: vocabulary_of(words) for encoder, words in found.items() if words is not None}
 
 
-def _refuse_peft(roots: Mapping[str, nn.Module]) -> None:
-    for root, module in roots.items():
-        if any(hasattr(layer, "base_layer") for layer in module.modules()):
-            raise AdapterError(
-                f"The {root} of this pipeline already holds adapters that diffusers loaded through peft. "
-                "Take them out first: pipeline.unload_lora_weights()."
-            )
+def _modules(root: nn.Module) -> list[nn.Module]:
+    """Every module in `root`, as `root.modules()`, which would take a good part of a load's time."""
+    found, seen = [root], {id(root)}
+    for module in found:  # grows while it is walked
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found.append(child)
+    return found
+
+
+def _refuse_peft(modules: Sequence[nn.Module]) -> None:
+    if any("base_layer" in module._modules for module in modules):
+        raise AdapterError(
+            "This pipeline already holds adapters that diffusers loaded through peft. Take them out first: "
+            "pipeline.unload_lora_weights()."
+        )
 
 
 def _names(
-    name: str | Sequence[str] | None, paths: Sequence[str | Path], roots: Mapping[str, nn.Module]
+    name: str | Sequence[str] | None, paths: Sequence[str | Path], modules: Sequence[nn.Module]
 ) -> list[str]:
     if name is not None:
         return [name] if isinstance(name, str) else list(name)
-    adapted = [module for root in roots.values() for module in root.modules() if isinstance(module, Adapted)]
+    adapted = [module for module in modules if isinstance(module, Adapted)]
     names: list[str] = []
     for path in map(Path, paths):
         whole = path.resolve()
@@ -223,7 +245,7 @@ def read_checked(
         NoEffect: every change in the file is zero.
     """
     found = read(path, layers, allow_partial=allow_partial)
-    idle = [layer for layer, state in found.state.layers.items() if change_norm(state) == 0.0]
+    idle = [layer for layer, state in found.state.layers.items() if is_idle(state)]
     if len(idle) == len(found.state.layers) and not found.state.tokens:
         raise NoEffect(
             f"{found.path.name} has no numerical effect: the change is zero in all {len(idle)} layers. It "
@@ -236,9 +258,20 @@ def read_checked(
         )
     if found.unused:
         notes.append(f"{len(found.unused)} tensors were left out, first {found.unused[0]!r}.")
+    several = [
+        name for name, token in found.state.tokens.items() if len(next(iter(token.vectors.values()))) > 1
+    ]
+    if several and base is None and not hasattr(pipeline, "maybe_convert_prompt"):
+        word = several[0]
+        written = " ".join(spelled(word, len(next(iter(found.state.tokens[word].vectors.values())))))
+        notes.append(
+            f"A {type(pipeline).__name__} doesn't spell words of several vectors: write {written!r} where you mean "
+            f"{word!r}."
+        )
     said = found.state.metadata
     scheduler = getattr(pipeline, "scheduler", None)
     prediction = getattr(getattr(scheduler, "config", None), "prediction_type", "")
+    prediction = Flow.name if prediction == FLOW_SAMPLED else prediction
     if said.prediction_type and prediction and said.prediction_type != prediction:
         notes.append(
             f"It was trained on a base that predicts {said.prediction_type}; this pipeline's scheduler "
@@ -262,7 +295,7 @@ def _used(
         shapes = {path: cast(Tensor, layer.weight).shape for path, layer in layers.items()}
         width = cross_attention_width(shapes)
         name = str(getattr(getattr(pipeline, "config", None), "_name_or_path", None) or "")
-        family = WIDTHS[width][0] if width in WIDTHS else ""
+        family = WIDTHS[width][0] if width in WIDTHS else told_by(shapes)
     if not said.base_fingerprint:
         return Used(name, family)
     denoiser = next(iter(roots.values()))

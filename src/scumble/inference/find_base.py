@@ -14,7 +14,7 @@ from scumble.errors import FormatError, ModelError
 from scumble.formats.codec import cross_attention_width, detect, down_shapes, read
 from scumble.formats.container import WEIGHTS_NAME, find, read_header
 from scumble.formats.metadata import from_header
-from scumble.formats.tables.bases import WIDTHS
+from scumble.formats.tables.bases import TITLES, WIDTHS, told_by
 from scumble.inference.repository import download, file_names
 from scumble.models.hub import is_hub_id
 from scumble.models.loading import PICTUREBOOK
@@ -90,8 +90,10 @@ def _may_be_loaded(name: str) -> bool:
 
 def _shapes_say(file: Path) -> str:
     """What the shapes betray of the base, as a sentence after a space; empty where they don't."""
-    width = cross_attention_width(down_shapes(read(file).state))
-    return f" By its shapes it is for {WIDTHS[width][1]}." if width in WIDTHS else ""
+    state = read(file).state
+    width = cross_attention_width(down_shapes(state))
+    title = WIDTHS[width][1] if width in WIDTHS else TITLES.get(told_by(state.layers))
+    return f" By its shapes it is for {title}." if title is not None else ""
 
 
 def card_bases(card: Path) -> tuple[str, ...]:

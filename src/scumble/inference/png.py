@@ -62,7 +62,7 @@ def readable(request: Request, settings: Mapping[str, Any]) -> str:
     facts = {
         "Steps": request.steps,
         "Sampler": settings.get("scheduler", request.scheduler),
-        "CFG scale": f"{request.guidance:g}",
+        "CFG scale": None if request.guidance is None else f"{request.guidance:g}",
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}" if request.width and request.height else None,
         "Model": settings.get("base"),

@@ -28,15 +28,21 @@ class Request(Settings):
     count: int = Field(1, ge=1)
     """Pictures; the n-th uses seed + n."""
     width: int | None = None
-    """Pixels; None is the base's own size."""
+    """Pixels; None is the base's own size, or that of `image`."""
     height: int | None = None
-    """Pixels; None is the base's own size."""
+    """Pixels; None is the base's own size, or that of `image`."""
     steps: int = Field(25, ge=1)
     """Denoising steps."""
-    guidance: float = Field(7.5, ge=0)
-    """Classifier-free guidance scale (Ho & Salimans, 2022); 1 or less turns it off."""
+    guidance: float | None = Field(None, ge=0)
+    """Classifier-free guidance scale (Ho & Salimans, 2022); 1 or less turns it off. Flux.1 dev is told it as a number.
+    None is the base's own, usually 7.5."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the first picture."""
+    image: Path | None = None
+    """A picture to paint into; needs an inpainting base, and mask."""
+    mask: Path | None = None
+    """Where to paint: a grey picture of the image's size, white where something new should be, black where the image
+    should stay."""
     scheduler: str = "DPMSolverMultistepScheduler"
     """Any diffusers scheduler by its class name."""
     adapters: tuple[AdapterUse, ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from scumble.adapters import Adapter, layers_of
 from scumble.errors import AdapterError, ModelError, PrecisionError
 from scumble.inference import attach
+from scumble.inference.canvas import Canvas, canvas_of
 from scumble.inference.drawing import Drawing
 from scumble.inference.find_base import find_base, locate
 from scumble.inference.provenance import Match
@@ -55,15 +56,37 @@ class Resident:
     """Bytes of its tensors in memory."""
 
 
+@dataclass(frozen=True)
+class _Picture:
+    """One picture of a request."""
+
+    request: Request
+    """With count 1, its own seed, and everything written out."""
+    canvas: Canvas | None
+    words: tuple[Path, ...]
+    """Files of those of its adapters that bring words: a prompt is read with all words that are in."""
+
+    @property
+    def kind(self) -> object:
+        """Pictures of one kind may be drawn at once."""
+        asked = self.request
+        return (
+            *(asked.width, asked.height, asked.steps, asked.guidance, asked.scheduler),
+            *(bool(asked.negative), asked.image, asked.mask, self.words),
+        )
+
+
 class Session:
     """A base that stays loaded, adapters that stay resident, pictures by request.
 
         with Session("picturebook", ["runs/fox/pytorch_lora_weights.safetensors"]) as session:
             session.generate(Request(prompt="a small red fox"))[0].save("fox.png")
+            session.generate([Request(prompt="a fox", adapters=(fox,)), Request(prompt="a hen", adapters=(ink,))])
 
     A request's own `adapters` are the ones that act; a request without any gets the session's. Each is read
-    once, and switched by its strength. Those that were not used for longest leave when together they take
-    more than `adapter_bytes`; a request that names one of them reads it again. Between requests none acts,
+    once, and switched by its strength, which is one assignment. Those that were not used for longest leave
+    when together they take more than `adapter_bytes`; a request that names one of them reads it again. Between
+    requests none acts,
     and `close` takes them all out: the base is then as it was.
 
     Laws: a picture depends on its request and the base, never on earlier requests nor on the batch it was
@@ -117,6 +140,7 @@ class Session:
         self._residents: dict[Path, Resident] = {}
         self._recent: dict[Path, None] = {}
         """Files of residents, the least recently used first; `_residents` has the order of attachment."""
+        self._evicted: dict[Path, None] = {}
         self._located: dict[Path, Path] = {}
         self._pipeline = cast(Any, self.base.pipeline())
         self._pipeline.set_progress_bar_config(disable=True)
@@ -132,44 +156,55 @@ class Session:
         """The adapters in memory, with the report of how each was read."""
         return tuple(self._residents.values())
 
-    def generate(self, request: Request, progress: Progress | None = None) -> list[Drawing]:
-        """Draw what `request` asks for: `request.count` pictures, the n-th from seed + n.
+    @property
+    def evicted(self) -> tuple[Path, ...]:
+        """Files of adapters that left for want of room and were not read again since, the longest gone first."""
+        return tuple(self._evicted)
+
+    def generate(
+        self, request: Request | Sequence[Request], progress: Progress | None = None
+    ) -> list[Drawing]:
+        """Draw what `request` asks for: `request.count` pictures, the n-th from seed + n; of several requests, in
+        their order.
+
+        Pictures of several requests are drawn together where they agree in size, steps, guidance, scheduler,
+        the picture they paint into, whether there is a negative prompt, and the words that adapters bring. Each
+        has its own prompt and its own adapters at its own strengths, and is the picture drawn alone, beyond
+        rounding.
 
         Raises:
-            ModelError: the size or the scheduler doesn't suit the base.
+            ModelError: the size or the scheduler doesn't suit the base, or it can't paint into a picture.
+            ConfigError, DataError: the picture to paint into, or its mask, is missing or can't be used.
             UnknownName: there is no such scheduler.
-            FormatError, NoEffect, AdapterError: an adapter can't be used.
+            FormatError, NoEffect, AdapterError: an adapter can't be used. Of several requests, all are looked at
+                before the first is drawn.
         """
-        width, height = self.size(request)
-        uses = request.adapters or self._defaults
-        residents = self._all(uses)
-        whole = request.model_copy(update={"width": width, "height": height, "adapters": uses})
-        drawings: list[Drawing] = []
-        with self._acting(residents, uses), self._undisturbed(request.seed):
-            notes = self._request_notes(whole)  # an adapter may bring words of several tokens
-            while len(drawings) < request.count:
-                first = len(drawings)
-                seeds = range(
-                    request.seed + first, request.seed + min(first + self.batch_size, request.count)
-                )
-                scheduler = build_scheduler(request.scheduler, self._own_scheduler)
-                latents = self._denoise(
-                    whole, seeds, scheduler, _shared(progress, first, len(seeds), request.count)
-                )
-                settings = self._settings(type(scheduler).__name__, residents)
-                for seed, (image, said) in zip(seeds, self._decode(latents), strict=True):
-                    alone = whole.model_copy(update={"count": 1, "seed": seed})
-                    drawings.append(Drawing(image, alone, seed, settings, (*notes, *said)))
-        return drawings
+        requests = [request] if isinstance(request, Request) else list(request)
+        pictures = [picture for one in requests for picture in self._pictures(one)]
+        drawings: dict[int, Drawing] = {}
+        before, steps = 0, sum(picture.request.steps for picture in pictures)
+        for numbers in self._batches(pictures):
+            batch = [pictures[number] for number in numbers]
+            asked = batch[0].request.steps
+            drawn = self._draw(batch, _shared(progress, before, asked, len(batch), steps))
+            drawings.update(zip(numbers, drawn, strict=True))
+            before += asked * len(batch)
+        return [drawings[number] for number in range(len(pictures))]
 
     def size(self, request: Request) -> tuple[int, int]:
-        """(width, height) of a request's pictures in pixels: its own, or the base's.
+        """(width, height) of a request's pictures in pixels: its own, that of the picture it paints into, or the
+        base's.
 
         Raises:
             ModelError: the base can't draw that size; the text names the nearest that it can.
+            ConfigError, DataError: the picture to paint into, or its mask, is missing or can't be used.
         """
+        return self._size(request, canvas_of(request))
+
+    def _size(self, request: Request, canvas: Canvas | None) -> tuple[int, int]:
         step = self.base.size_multiple
-        sides = (request.width or self.base.resolution, request.height or self.base.resolution)
+        usual = (self.base.resolution,) * 2 if canvas is None else canvas.image.size
+        sides = (request.width or usual[0], request.height or usual[1])
         for word, side in zip(("width", "height"), sides, strict=True):
             if side < step or side % step:
                 below = max(step, side // step * step)
@@ -234,7 +269,7 @@ class Session:
         if known is not None and known.stamp == stamp:
             self._recent[file] = self._recent.pop(file)
             return known
-        layers = layers_of(self.base.roots)
+        layers = layers_of(self.base.roots, norms=True)
         found, match, notes = attach.read_checked(
             file, layers, self._allow_partial, self._pipeline, self.base.roots, self.base
         )
@@ -259,6 +294,7 @@ class Session:
             file, stamp, adapter, f"applied {found.report}", notes, digest, match, size
         )
         self._recent[file] = None
+        self._evicted.pop(file, None)
         return self._residents[file]
 
     def _make_room(self, size: int, wanted: Collection[Path]) -> None:
@@ -267,37 +303,95 @@ class Session:
             if sum(resident.size for resident in self._residents.values()) + size <= self._adapter_bytes:
                 return
             self._leave(file)
+            self._evicted[file] = None
 
     def _leave(self, file: Path) -> None:
         del self._recent[file]
         self._residents.pop(file).adapter.eject()
 
     @contextmanager
-    def _acting(self, residents: Sequence[Resident], uses: Sequence[AdapterUse]) -> Iterator[None]:
-        """These adapters at their strengths, and no other of the session's."""
-        # A layer adds its changes in the order in which they were attached, and floating-point sums depend
-        # on the order: it must be the request's, whatever earlier requests brought in first.
-        attached = [resident for resident in self._residents.values() if resident in residents]
-        if attached != list(residents):
-            for resident in residents:
-                resident.adapter.eject()
-                del self._residents[resident.file]
-            for resident in residents:
-                resident.adapter.attach()
-                self._residents[resident.file] = resident
+    def _acting(self, shares: Mapping[Resident, Sequence[float]]) -> Iterator[None]:
+        """These adapters, each at its strengths for the pictures of a batch, and no other of the session's."""
         try:
-            for resident, use in zip(residents, uses, strict=True):
-                resident.adapter.strength = use.strength
+            for turn, (resident, strengths) in enumerate(shares.items()):
+                # Floating-point sums depend on the order: it must be the requests', whatever came in first.
+                resident.adapter.turn = turn
+                same = len(set(strengths)) == 1
+                resident.adapter.strength = (
+                    strengths[0] if same else torch.tensor(strengths, dtype=torch.float64)
+                )
             yield
         finally:
-            for resident in residents:
+            for resident in shares:
                 resident.adapter.strength = 0.0
 
     # Drawing
 
+    def _pictures(self, request: Request) -> list[_Picture]:
+        """The pictures of a request; its adapters are in memory, if they fit."""
+        canvas = canvas_of(request)
+        width, height = self._size(request, canvas)
+        uses = request.adapters or self._defaults
+        words = tuple(
+            resident.file
+            for resident, use in zip(self._all(uses), uses, strict=True)
+            if resident.adapter.tokens is not None and use.strength
+        )
+        guidance = self.base.usual_guidance if request.guidance is None else request.guidance
+        told = {"width": width, "height": height, "guidance": guidance, "adapters": uses, "count": 1}
+        return [
+            _Picture(request.model_copy(update=told | {"seed": request.seed + number}), canvas, words)
+            for number in range(request.count)
+        ]
+
+    def _batches(self, pictures: Sequence[_Picture]) -> Iterator[list[int]]:
+        """The numbers of pictures that are drawn at once, at most `batch_size`."""
+        kinds: dict[object, list[int]] = {}
+        for number, picture in enumerate(pictures):
+            kinds.setdefault(picture.kind, []).append(number)
+        for numbers in kinds.values():
+            for first in range(0, len(numbers), self.batch_size):
+                yield numbers[first : first + self.batch_size]
+
+    def _draw(self, batch: Sequence[_Picture], progress: Progress | None) -> list[Drawing]:
+        """Draw pictures of one kind at once."""
+        wanted = {self._file(use.path) for picture in batch for use in picture.request.adapters}
+        shares: dict[Resident, list[float]] = {}
+        used: list[list[Resident]] = [[] for _ in batch]
+        for row, picture in enumerate(batch):
+            for use in picture.request.adapters:
+                resident = self._resident(use.path, wanted)
+                shares.setdefault(resident, [0.0] * len(batch))[row] = use.strength
+                used[row].append(resident)
+        first = batch[0]
+        scheduler = build_scheduler(first.request.scheduler, self._own_scheduler)
+        with self._undisturbed(first.request.seed):
+            with self._acting(shares):
+                # while the words that adapters bring are in
+                notes = [self._request_notes(picture.request) for picture in batch]
+                latents = self._denoise(
+                    [picture.request for picture in batch], first.canvas, scheduler, progress
+                )
+            decoded = self._decode(latents)
+        drawings = []
+        for picture, residents, noted, (image, said) in zip(batch, used, notes, decoded, strict=True):
+            settings = self._settings(type(scheduler).__name__, residents, picture.canvas)
+            request = picture.request
+            drawings.append(Drawing(image, request, request.seed, settings, (*noted, *said)))
+        return drawings
+
     def _denoise(
-        self, request: Request, seeds: Sequence[int], scheduler: Any, progress: Progress | None
+        self,
+        requests: Sequence[Request],
+        canvas: Canvas | None,
+        scheduler: Any,
+        progress: Progress | None,
     ) -> Tensor:
+        """Requests of one kind, for one picture each -> latents."""
+        request = requests[0]
+        assert request.width is not None and request.height is not None and request.guidance is not None
+        picture, mask = (None, None) if canvas is None else (canvas.image, canvas.mask)
+        into = self.base.drawn_into(picture, mask, len(requests), (request.width, request.height))
 
         def step_done(pipe: Any, number: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             if progress is not None:
@@ -307,22 +401,25 @@ class Session:
         self._pipeline.scheduler = scheduler
         try:
             latents: Tensor = self._pipeline(
-                prompt=[request.prompt] * len(seeds),
-                negative_prompt=[request.negative] * len(seeds),
+                **self.base.asked(
+                    [one.prompt for one in requests],
+                    [one.negative for one in requests] if request.negative else None,
+                    request.guidance,
+                ),
                 width=request.width,
                 height=request.height,
                 num_inference_steps=request.steps,
-                guidance_scale=request.guidance,
                 # On the CPU and one for each picture: the same noise on every device and in every batch.
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                generator=[torch.Generator().manual_seed(one.seed) for one in requests],
                 output_type="latent",
                 callback_on_step_end=step_done,
+                **into,
             ).images
         except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, ImportError) as error:
             if suits(type(scheduler), self._own_scheduler):
                 raise
             raise ModelError(unsuitable(type(scheduler).__name__, self._own_scheduler, error)) from error
-        return latents
+        return self.base.unpacked(latents, request.width, request.height)
 
     def _decode(self, latents: Tensor) -> list[tuple[Image.Image, tuple[str, ...]]]:
         """Pictures, and what is to be said of each. The base decodes in fp32 where its VAE overflows, and
@@ -403,13 +500,16 @@ class Session:
                     f"The {word} has {count} tokens and the text encoder reads {limit}: the last "
                     f"{count - limit} are not read."
                 )
+        assert request.guidance is not None
         if request.negative and request.guidance <= 1:
             notes.append(
                 f"The negative prompt has no effect at guidance {request.guidance:g}: it works above 1 only."
             )
         return tuple(notes)
 
-    def _settings(self, scheduler: str, residents: Sequence[Resident]) -> dict[str, Any]:
+    def _settings(
+        self, scheduler: str, residents: Sequence[Resident], canvas: Canvas | None
+    ) -> dict[str, Any]:
         from scumble import __version__
 
         return {
@@ -419,6 +519,7 @@ class Session:
             "dtype": str(self.base.dtype).removeprefix("torch."),
             "scheduler": scheduler,
             "adapters": {str(resident.file): resident.sha256 for resident in residents},
+            **({} if canvas is None else {"painted into": canvas.sha256}),
         }
 
 
@@ -447,8 +548,9 @@ def _load(
         ) from error
 
 
-def _shared(progress: Progress | None, before: int, drawing: int, count: int) -> Progress | None:
-    """`progress` for the whole request, fed by a batch of `drawing` pictures after `before` others."""
+def _shared(progress: Progress | None, before: int, asked: int, drawing: int, total: int) -> Progress | None:
+    """`progress` for all requests, fed by a batch of `drawing` pictures of `asked` steps each, after `before`
+    steps of others. A scheduler may take more steps than it was asked for."""
     if progress is None:
         return None
-    return lambda done, steps: progress(before * steps + done * drawing, count * steps)
+    return lambda done, steps: progress(before + done * asked // steps * drawing, total)

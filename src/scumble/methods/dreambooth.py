@@ -8,6 +8,7 @@ without any picture by what the base answers to the class prompt where the adapt
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -15,22 +16,28 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from scumble.adapters.adapter import Adapter
 from scumble.data.problems import Problem
 from scumble.data.settings import DataSettings, PathText
 from scumble.data.sources import pictures_in
 from scumble.data.woven import Embeddable, Woven
 from scumble.errors import ConfigError
 from scumble.methods.method import Ingredients
-from scumble.methods.parts import HeldOutLoss, describe, facts, identity, verify
+from scumble.methods.parts import injected, planned
 from scumble.methods.text_encoder import TextEncoderSettings, phases, text_roots, texts_of, with_text_encoder
 from scumble.models.text import Words
 from scumble.rng import Streams
 from scumble.settings import Settings
-from scumble.training.objective import DenoisingObjective, ObjectiveSettings, compared, denoising_loss
+from scumble.training.objective import (
+    DenoisingObjective,
+    ObjectiveSettings,
+    compared,
+    denoising_loss,
+    with_guidance,
+)
 from scumble.training.plan import Plan
 
 if TYPE_CHECKING:
+    from scumble.adapters.adapter import Adapter
     from scumble.data.record import Batch, Batches
     from scumble.models.family import BaseModel, Conditioning
 
@@ -62,8 +69,8 @@ class DreamBoothSettings(TextEncoderSettings):
     """Seed of the first class picture that is drawn; the n-th uses class_seed + n."""
     class_steps: int = Field(25, ge=1)
     """Denoising steps of a drawn class picture."""
-    class_guidance: float = Field(7.5, ge=0)
-    """Classifier-free guidance of a drawn class picture."""
+    class_guidance: float | None = Field(None, ge=0)
+    """Classifier-free guidance of a drawn class picture. Unset: the base's own, usually 7.5."""
     class_batch: int = Field(4, ge=1)
     """Class pictures drawn at once."""
 
@@ -165,21 +172,19 @@ class DreamBooth:
         options = options if isinstance(options, DreamBoothSettings) else DreamBoothSettings()
         ingredients = with_text_encoder(ingredients, options)
         base, train, streams = ingredients.base, ingredients.train, ingredients.streams
-        assert ingredients.batches is not None
-        batches = ingredients.batches
+        batches = ingredients.pictures
         told: dict[str, object] = {"method": self.name, "prior": options.prior}
         if options.prior == "images" and (beside := _class_batches(ingredients, options)) is not None:
             batches = Woven(cast(Embeddable, batches), cast(Embeddable, beside), weight=options.prior_weight)
             told["class pictures"] = beside.samples
-        with torch.no_grad():
-            kept = base.encode_prompts([options.class_prompt or ""])
-        adapter = Adapter.inject(
-            base.roots, ingredients.targets, ingredients.adapter, streams=streams, within=ingredients.within
-        )
-        base.train_memory(checkpointing=train.gradient_checkpointing)
+        kept: Conditioning | None = None
+        if options.prior == "prediction":
+            with torch.no_grad():
+                kept = base.encode_prompts([options.class_prompt or ""])
+        adapter = injected(ingredients)
 
         def objective(among: Sequence[str] | None) -> DenoisingObjective:
-            if options.prior != "prediction":
+            if kept is None:
                 return DenoisingObjective(base, streams, train.objective, among=among)
             return PriorPrediction(
                 base,
@@ -192,17 +197,7 @@ class DreamBooth:
                 among=among,
             )
 
-        metadata = describe(ingredients)
-        return Plan(
-            phases=phases(ingredients, options, adapter, batches, objective),
-            export=lambda: adapter.state(metadata),
-            verify=lambda state: verify(state, base, ingredients.fresh, streams),
-            held_out=HeldOutLoss(base, adapter, ingredients.held_out, streams)
-            if ingredients.held_out
-            else None,
-            identity=identity(ingredients),
-            facts={**told, **facts(adapter, ingredients)},
-        )
+        return planned(ingredients, adapter, phases(ingredients, options, adapter, batches, objective), told)
 
 
 def _too_long(options: DreamBoothSettings, words: Sequence[Words]) -> Iterable[Problem]:
@@ -239,7 +234,7 @@ def _without_identifier(options: DreamBoothSettings) -> Iterable[Problem]:
 def _class_batches(ingredients: Ingredients, options: DreamBoothSettings) -> Batches | None:
     """Class pictures in the form of the subject's, the missing ones drawn; None where nothing may be drawn."""
     data, place = ingredients.data, options.class_images
-    assert data is not None and ingredients.open_batches is not None and ingredients.batches is not None
+    assert data is not None and ingredients.open_batches is not None
     folder = None if place is None else Path(place).expanduser()
     if options.class_prompt is not None:
         if ingredients.draw is None:
@@ -258,7 +253,7 @@ def _class_batches(ingredients: Ingredients, options: DreamBoothSettings) -> Bat
     assert folder is not None
     return ingredients.open_batches(
         class_data(options, data, folder),
-        batch_size=ingredients.batches.batch_size,
+        batch_size=ingredients.pictures.batch_size,
         text_embeddings=not texts_of(ingredients),
     )
 
@@ -295,7 +290,7 @@ class PriorPrediction(DenoisingObjective):
         """See `DenoisingObjective`."""
         device = next(self.base.denoiser.parameters()).device
         noise = self.noise(batch.positions, batch.latents.shape[1:]).to(device)
-        t = self.timesteps(batch.positions).to(device)
+        t = self.timesteps(batch.positions, batch.latents.shape).to(device)
         instance = denoising_loss(self.base, batch, noise, t, self.settings)
         return instance + self.weight * self._prior(batch, noise, t)
 
@@ -306,8 +301,9 @@ class PriorPrediction(DenoisingObjective):
         noisy = base.prediction.noisy(x0, noise, t).to(base.dtype)
 
         def answer(said: Conditioning) -> Tensor:
-            rows = said.to(noise.device, base.dtype).map(lambda one: one.expand(count, *one.shape[1:]))
-            return base.denoise(noisy, t, rows, batch.frame)
+            rows = said.map(lambda one: one.expand(count, *one.shape[1:]))
+            rows = replace(rows, shown=batch.shown).to(noise.device, base.dtype)
+            return base.denoise(noisy, t, with_guidance(rows, self.settings), batch.frame)
 
         mine = answer(self._read())
         with torch.no_grad(), self.adapter.disabled():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from scumble.errors import ConfigError
 from scumble.registry import Registry
 from scumble.rng import Streams
 from scumble.settings import Settings
@@ -48,14 +49,14 @@ class DrawPictures(Protocol):
         folder: Path | None = None,
         seed: int = 0,
         steps: int = 25,
-        guidance: float = 7.5,
+        guidance: float | None = None,
         side: int | None = None,
         batch: int = 4,
     ) -> Path:
         """A folder with at least `count` pictures: `folder` with what is missing there drawn into it, or one of the
         run's own. Pictures drawn before for the same base, prompt and settings are found again.
 
-        `side` in pixels, None the base's own; `batch` pictures are drawn at once.
+        `side` in pixels and `guidance`: None is the base's own; `batch` pictures are drawn at once.
         """
 
 
@@ -91,6 +92,17 @@ class Ingredients:
     """Opens further datasets."""
     draw: DrawPictures | None = None
     """Draws pictures; None where a plan is only looked at, and nothing may be drawn."""
+
+    @property
+    def pictures(self) -> Batches:
+        """`batches`, for a method that needs pictures.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        if self.batches is None:
+            raise ConfigError("This method trains on pictures, and the run names none. Set data.images.")
+        return self.batches
 
 
 @runtime_checkable

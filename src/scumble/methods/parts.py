@@ -1,4 +1,4 @@
-"""Parts: what methods share: learning rates by root, what the file says of itself, held-out loss, the final proof."""
+"""Parts: what methods share: injecting, learning rates by root, what the file says of itself, held-out loss, proof."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scumble.models.family import BaseModel, Frame
 from scumble.rng import Streams
 from scumble.settings import Settings
 from scumble.training.objective import ObjectiveSettings, denoising_loss
-from scumble.training.plan import Trainable
+from scumble.training.plan import Phase, Plan, Trainable
 
 if TYPE_CHECKING:
     from scumble.data.record import Batch
@@ -30,6 +30,40 @@ HELD_OUT_LEVELS = 6
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Largest difference between the saved file and the live model, relative to the largest output (about 1), by
 the base's dtype. It is 0 on one device; a fresh base may choose other kernels."""
+
+
+def injected(ingredients: Ingredients) -> Adapter:
+    """A new adapter in the base, as the ingredients say, and the base's memory as training wants it.
+
+    Raises:
+        NoLayerMatches: a target matches no layer.
+    """
+    base = ingredients.base
+    adapter = Adapter.inject(
+        base.roots,
+        ingredients.targets,
+        ingredients.adapter,
+        streams=ingredients.streams,
+        within=ingredients.within,
+    )
+    base.train_memory(checkpointing=ingredients.train.gradient_checkpointing)
+    return adapter
+
+
+def planned(
+    ingredients: Ingredients, adapter: Adapter, phases: Sequence[Phase], told: Mapping[str, object]
+) -> Plan:
+    """The plan whose result is `adapter`. `told`: what the method tells a person before the common facts."""
+    base, streams, metadata = ingredients.base, ingredients.streams, describe(ingredients)
+    held_out = ingredients.held_out
+    return Plan(
+        phases=tuple(phases),
+        export=lambda: adapter.state(metadata),
+        verify=lambda state: verify(state, base, ingredients.fresh, streams),
+        held_out=HeldOutLoss(base, adapter, held_out, streams) if held_out else None,
+        identity=identity(ingredients),
+        facts={**told, **facts(adapter, ingredients)},
+    )
 
 
 def trainables(adapter: Adapter, learning_rates: Mapping[str, float]) -> tuple[Trainable, ...]:
@@ -156,6 +190,12 @@ def verify(state: AdapterState, base: BaseModel, fresh: Callable[[], BaseModel],
         TrainingError: the live model answers otherwise: what was saved is not what was trained.
     """
     other = fresh()
+    with base.sparing(), other.sparing():
+        return _compared(state, base, other, streams)
+
+
+def _compared(state: AdapterState, base: BaseModel, other: BaseModel, streams: Streams) -> float:
+    """See `verify`; `other` is the fresh base."""
     prompt = " ".join(["a picture", *(["of", *state.tokens] if state.tokens else [])]) + ", to compare"
     bare = _answers(other, streams, prompt)
     with Adapter.load(other.roots, state, name="verify", vocabularies=other.vocabularies):

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, cast
 
 from pydantic import Field, model_validator
 
-from scumble.adapters.adapter import Adapter
 from scumble.data.problems import Problem
-from scumble.data.woven import Embeddable, Onward
+from scumble.data.woven import Embeddable, Later, Onward
 from scumble.errors import ConfigError
 from scumble.methods.method import Ingredients
-from scumble.methods.parts import HeldOutLoss, describe, facts, identity, trainables, verify
+from scumble.methods.parts import injected, planned, trainables
 from scumble.methods.text_encoder import TextEncoderSettings, phases, with_text_encoder
 from scumble.methods.words import WordSettings, check_words, new_words
 from scumble.models.text import Words
@@ -29,7 +28,8 @@ from scumble.training.plan import Phase, Plan, nothing
 from scumble.training.schedules import ScheduleSettings
 
 if TYPE_CHECKING:
-    from scumble.data.record import Batch, Batches
+    from scumble.adapters.adapter import Adapter
+    from scumble.data.record import Batches
     from scumble.data.settings import DataSettings
 
 TOKENS = "tokens"
@@ -107,7 +107,7 @@ class Pivotal:
             ConfigError: a word to start from is several tokens, or no step is left for the adapter.
         """
         options, train = ingredients.options, ingredients.train
-        assert isinstance(options, PivotalSettings) and ingredients.batches is not None
+        assert isinstance(options, PivotalSettings)
         tuning = train.steps - options.inversion_steps
         if tuning < 1:
             raise ConfigError(
@@ -117,16 +117,10 @@ class Pivotal:
         ingredients = with_text_encoder(ingredients, options)
         base, streams = ingredients.base, ingredients.streams
         rows = new_words(ingredients, options)
-        adapter = Adapter.inject(
-            base.roots, ingredients.targets, ingredients.adapter, streams=streams, within=ingredients.within
-        )
+        adapter = injected(ingredients)
         adapter.tokens = rows
-        adapter.train(
-            False
-        )  # what embeds captions once must not drop anything; the loop switches what trains
-        base.train_memory(checkpointing=train.gradient_checkpointing)
-        assert ingredients.batches is not None  # needs_pictures
-        metadata = describe(ingredients)
+        # what embeds captions once must not drop anything; the loop switches what trains
+        adapter.train(False)
         groups = trainables(adapter, ingredients.learning_rates)
         words_alone = tuple(replace(group, learning_rate=None) for group in groups if group.name == TOKENS)
 
@@ -136,31 +130,23 @@ class Pivotal:
         inversion = Phase(
             name="inversion",
             trainables=words_alone,
-            batches=ingredients.batches,
+            batches=ingredients.pictures,
             objective=DenoisingObjective(base, streams, train.objective),
             steps=options.inversion_steps,
             optimizer=options.inversion_optimizer,
             schedule=options.inversion_schedule,
             after_step=keep_norms,
         )
-        return Plan(
-            phases=(
-                *([inversion] if options.inversion_steps else []),
-                *_tuning(ingredients, options, adapter, tuning, keep_norms),
-            ),
-            export=lambda: adapter.state(metadata),
-            verify=lambda state: verify(state, base, ingredients.fresh, streams),
-            held_out=HeldOutLoss(base, adapter, ingredients.held_out, streams)
-            if ingredients.held_out
-            else None,
-            identity=identity(ingredients),
-            facts={
-                "method": self.name,
-                "words": ", ".join(options.placeholders),
-                "steps of inversion and tuning": f"{options.inversion_steps} + {tuning}",
-                **facts(adapter, ingredients),
-            },
+        told = {
+            "method": self.name,
+            "words": ", ".join(options.placeholders),
+            "steps of inversion and tuning": f"{options.inversion_steps} + {tuning}",
+        }
+        course = (
+            *([inversion] if options.inversion_steps else []),
+            *_tuning(ingredients, options, adapter, tuning, keep_norms),
         )
+        return planned(ingredients, adapter, course, told)
 
 
 def _tuning(
@@ -171,7 +157,7 @@ def _tuning(
     rates = dict(ingredients.learning_rates)
     if options.joint:
         rates[TOKENS] = options.token_learning_rate or options.inversion_optimizer.learning_rate / 10
-    batches = cast("Embeddable", ingredients.batches)
+    batches = cast("Embeddable", ingredients.pictures)
     first = options.inversion_steps * train.accumulate
     reads = any(path.partition(".")[0] in base.vocabularies for path in adapter.deltas)
     later: Batches = Later(batches, first)
@@ -190,27 +176,6 @@ def _tuning(
             trainables=tuple(group for group in phase.trainables if options.joint or group.name != TOKENS),
             after_step=keep_norms if options.joint else nothing,  # type: ignore[arg-type]
         )
-
-
-class Later:
-    """Batches from the `first`-th micro-batch of a process on: a phase does not see again what one before it saw."""
-
-    def __init__(self, batches: Embeddable, first: int) -> None:
-        self._batches, self._first = batches, first
-        self.batch_size, self.samples = batches.batch_size, batches.samples
-
-    @property
-    def fingerprint(self) -> str:
-        """That of the batches it goes on with."""
-        return self._batches.fingerprint
-
-    def start(self, number: int, *, process: int = 0, processes: int = 1) -> Iterator[Batch]:
-        """See `Batches`."""
-        return self._batches.start(number + self._first, process=process, processes=processes)
-
-    def with_text_embeddings(self) -> Later:
-        """See `Embeddable`."""
-        return Later(self._batches.with_text_embeddings(), self._first)
 
 
 pivotal = Pivotal()

@@ -25,7 +25,7 @@ from scumble.adapters.adapter import Adapter
 from scumble.data.record import Batch
 from scumble.errors import ConfigError
 from scumble.methods.method import Ingredients
-from scumble.methods.parts import describe, facts, identity, trainables, verify
+from scumble.methods.parts import injected, planned, trainables
 from scumble.models.family import BaseModel, Conditioning, Frame
 from scumble.rng import Streams
 from scumble.settings import Settings
@@ -219,7 +219,8 @@ class Paths:
                  for prompts in zip(*(settings.prompts(path) for path in paths), strict=True)]  # fmt: skip
         guided = settings.guidance > 1
         if guided:
-            texts.append(Conditioning.cat([self._text("")] * count))
+            with self._adapter.disabled():
+                texts.append(base.unconditional(count))
         conditioning = Conditioning.cat(texts).to(base.device, base.dtype)
         frame = Frame.plain(count * len(texts), self._side, self._side)
         kept: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -315,11 +316,7 @@ class Slider:
         base, train, streams = ingredients.base, ingredients.train, ingredients.streams
         settings = ingredients.options
         assert isinstance(settings, SliderSettings)
-        adapter = Adapter.inject(
-            base.roots, ingredients.targets, ingredients.adapter, streams=streams, within=ingredients.within
-        )
-        base.train_memory(checkpointing=train.gradient_checkpointing)
-        metadata = describe(ingredients)
+        adapter = injected(ingredients)
         groups = trainables(adapter, ingredients.learning_rates)
         paths = Paths(
             base,
@@ -338,13 +335,7 @@ class Slider:
             optimizer=train.optimizer,
             schedule=train.schedule,
         )
-        return Plan(
-            phases=(phase,),
-            export=lambda: adapter.state(metadata),
-            verify=lambda state: verify(state, base, ingredients.fresh, streams),
-            identity=identity(ingredients),
-            facts={"method": self.name, **facts(adapter, ingredients), "noisy latents": paths.samples},
-        )
+        return planned(ingredients, adapter, [phase], {"method": self.name, "noisy latents": paths.samples})
 
 
 slider = Slider()

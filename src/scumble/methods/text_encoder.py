@@ -60,11 +60,10 @@ def with_text_encoder(ingredients: Ingredients, options: TextEncoderSettings) ->
         NoLayerMatches: a target matches no layer.
     """
     targets = ingredients.targets
-    roots = text_roots(ingredients.base)
     if options.train_text_encoder:
         targets = (
             *((targets,) if isinstance(targets, str) else targets),
-            *(f"{root}.{TARGETS}" for root in roots),
+            *(f"{root}.{TARGETS}" for root in ingredients.base.teachable),
         )
     ingredients = replace(ingredients, targets=targets)
     texts = texts_of(ingredients)

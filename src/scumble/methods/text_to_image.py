@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from scumble.adapters.adapter import Adapter
 from scumble.methods.method import Ingredients
-from scumble.methods.parts import HeldOutLoss, describe, facts, identity, verify
+from scumble.methods.parts import injected, planned
 from scumble.methods.text_encoder import TextEncoderSettings, phases, with_text_encoder
 from scumble.training.objective import DenoisingObjective
 from scumble.training.plan import Plan
@@ -27,29 +26,16 @@ class TextToImage:
         options = ingredients.options
         options = options if isinstance(options, TextToImageSettings) else TextToImageSettings()
         ingredients = with_text_encoder(ingredients, options)
-        base, train, streams = ingredients.base, ingredients.train, ingredients.streams
-        assert ingredients.batches is not None
-        adapter = Adapter.inject(
-            base.roots, ingredients.targets, ingredients.adapter, streams=streams, within=ingredients.within
+        base, streams, settings = ingredients.base, ingredients.streams, ingredients.train.objective
+        adapter = injected(ingredients)
+        course = phases(
+            ingredients,
+            options,
+            adapter,
+            ingredients.pictures,
+            lambda among: DenoisingObjective(base, streams, settings, among=among),
         )
-        base.train_memory(checkpointing=train.gradient_checkpointing)
-        metadata = describe(ingredients)
-        return Plan(
-            phases=phases(
-                ingredients,
-                options,
-                adapter,
-                ingredients.batches,
-                lambda among: DenoisingObjective(base, streams, train.objective, among=among),
-            ),
-            export=lambda: adapter.state(metadata),
-            verify=lambda state: verify(state, base, ingredients.fresh, streams),
-            held_out=HeldOutLoss(base, adapter, ingredients.held_out, streams)
-            if ingredients.held_out
-            else None,
-            identity=identity(ingredients),
-            facts={"method": self.name, **facts(adapter, ingredients)},
-        )
+        return planned(ingredients, adapter, course, {"method": self.name})
 
 
 text_to_image = TextToImage()

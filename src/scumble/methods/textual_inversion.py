@@ -13,7 +13,7 @@ from scumble.adapters.adapter import Adapter
 from scumble.data.problems import Problem
 from scumble.formats.embedding import EMBEDDING_NAME
 from scumble.methods.method import Ingredients
-from scumble.methods.parts import HeldOutLoss, describe, facts, identity, trainables, verify
+from scumble.methods.parts import planned, trainables
 from scumble.methods.words import WordSettings, check_words, new_words
 from scumble.models.text import Words
 from scumble.settings import Settings
@@ -53,35 +53,22 @@ class TextualInversion:
             ConfigError: a word to start from is several tokens.
         """
         options, train, base = ingredients.options, ingredients.train, ingredients.base
-        assert isinstance(options, TextualInversionSettings) and ingredients.batches is not None
+        assert isinstance(options, TextualInversionSettings)
         rows = new_words(ingredients, options)
         taught = Adapter("words", base.roots, {}, tokens=rows).attach()
         base.train_memory(checkpointing=train.gradient_checkpointing)
-        metadata = describe(ingredients)
         phase = Phase(
             name="inversion",
             trainables=trainables(taught, ingredients.learning_rates),
-            batches=ingredients.batches,
+            batches=ingredients.pictures,
             objective=DenoisingObjective(base, ingredients.streams, train.objective),
             steps=train.steps,
             optimizer=train.optimizer,
             schedule=train.schedule,
             after_step=lambda: rows.bound_norms(options.norm_pull, options.norm_limit),
         )
-        return Plan(
-            phases=(phase,),
-            export=lambda: taught.state(metadata),
-            verify=lambda state: verify(state, base, ingredients.fresh, ingredients.streams),
-            held_out=HeldOutLoss(base, taught, ingredients.held_out, ingredients.streams)
-            if ingredients.held_out
-            else None,
-            identity=identity(ingredients),
-            facts={
-                "method": self.name,
-                "words": ", ".join(options.placeholders),
-                **facts(taught, ingredients),
-            },
-        )
+        told = {"method": self.name, "words": ", ".join(options.placeholders)}
+        return planned(ingredients, taught, [phase], told)
 
 
 textual_inversion = TextualInversion()

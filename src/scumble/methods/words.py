@@ -111,7 +111,8 @@ class WordSettings(Settings):
         """The dataset with the new words in general sentences, or as it is; see `method.ShapesData`."""
         if self.learns == "captions":
             return data
-        if data.caption is not None or "templates" in data.model_fields_set:
+        plain = type(data).model_fields["templates"].default  # which a run's own run.toml writes out
+        if data.caption is not None or data.templates != plain:
             name = "caption" if data.caption is not None else "templates"
             raise ConfigError(
                 f'learns = "{self.learns}" says sentences of its own of every picture, so data.{name} = '
@@ -144,7 +145,7 @@ def check_words(
         except AdapterError as error:
             problems.append(Problem("placeholder", f"{section}.placeholders", str(error)))
     if problems or data is None or not words:
-        return problems
+        return list(dict.fromkeys(problems))  # several text encoders may all say the same
     return [*_captions(options, section, data, words)]
 
 

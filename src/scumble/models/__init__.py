@@ -24,8 +24,13 @@ if TYPE_CHECKING:
 FAMILIES: Registry[Family] = Registry(
     "base family",
     {
+        "flux": "scumble.models.flux:Flux",
         "sd1": "scumble.models.sd1:SD1",
+        "sd1-inpainting": "scumble.models.inpainting:SD1Inpainting",
         "sd2": "scumble.models.sd2:SD2",
+        "sd2-inpainting": "scumble.models.inpainting:SD2Inpainting",
+        "sd3": "scumble.models.sd3:SD3",
+        "sdxl": "scumble.models.sdxl:SDXL",
     },
 )
 """Base families by name: each one file in this folder and one line here."""

@@ -7,12 +7,12 @@ each one went: what they say here is what they do there, so that a table of our 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 from scumble.errors import ModelError
-from scumble.models.single_file import CLIP, OPEN_CLIP, UNET, unet_config
+from scumble.models.single_file import UNET, text_configs, unet_config
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Mark:
     shape: tuple[int, ...]
     begin: int
     end: int
+    turned: bool = False
+    """The file holds it transposed: `shape` is that of the weight."""
 
     def __getitem__(self, index: Any) -> Mark:
         rows = index[0] if isinstance(index, tuple) else index
@@ -31,7 +33,7 @@ class Mark:
 
     @property
     def T(self) -> Mark:
-        return self
+        return replace(self, shape=self.shape[::-1], turned=not self.turned)
 
     def clone(self) -> Mark:
         return self
@@ -46,10 +48,10 @@ class Mark:
 def layer_marks(shapes: Mapping[str, tuple[int, ...]], name: str) -> dict[str, Mark]:
     """`"unet.down_blocks.0...to_q.weight"` -> where it is in a checkpoint whose tensors have these `shapes`.
 
-    Every tensor of the UNet and the text encoder that diffusers reads is there, biases and norms too.
+    Every tensor of the UNet and the text encoders that diffusers reads is there, biases and norms too.
 
     Raises:
-        ModelError: the file is not laid out as an SD 1 or SD 2 checkpoint.
+        ModelError: the file is not laid out as an SD 1, SD 2 or SDXL checkpoint.
     """
     from diffusers.loaders.single_file_utils import (
         convert_ldm_clip_checkpoint,
@@ -67,17 +69,12 @@ def layer_marks(shapes: Mapping[str, tuple[int, ...]], name: str) -> dict[str, M
             f"{name} is not laid out as Stable Diffusion's checkpoints are: {error} is not where it belongs. If "
             "diffusers can load it, save it as a folder with save_pretrained and name that folder."
         ) from error
-    if f"{CLIP}embeddings.token_embedding.weight" in shapes:
-        text = convert_ldm_clip_checkpoint(marks)
-    elif f"{OPEN_CLIP}token_embedding.weight" in shapes:
-        width = shapes[f"{OPEN_CLIP}token_embedding.weight"][1]
-        text = convert_open_clip_checkpoint(
-            SimpleNamespace(config=SimpleNamespace(hidden_size=width)), marks, OPEN_CLIP
-        )
-    else:
-        text = {}
-    return {
-        f"{root}.{key}": mark
-        for root, found in (("unet", unet), ("text_encoder", text))
-        for key, mark in found.items()
-    }
+    converted = {"unet": unet}
+    for root, (prefix, config) in text_configs(shapes).items():
+        mine = {key: mark for key, mark in marks.items() if key.startswith(prefix)}
+        if f"{prefix}embeddings.token_embedding.weight" in shapes:
+            converted[root] = convert_ldm_clip_checkpoint(mine)
+        elif config is not None:
+            model = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
+            converted[root] = convert_open_clip_checkpoint(model, mine, prefix)
+    return {f"{root}.{key}": mark for root, found in converted.items() for key, mark in found.items()}

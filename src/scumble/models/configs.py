@@ -37,6 +37,7 @@ OTHER_ARCHITECTURES = {
     "QwenImage": "Qwen-Image",
     "AuraFlow": "AuraFlow",
     "Kandinsky": "Kandinsky",
+    "Kolors": "Kolors",
     "Lumina": "Lumina",
     "HunyuanDiT": "Hunyuan-DiT",
     "Wan": "Wan",
@@ -66,6 +67,8 @@ class Configs:
     machine."""
     probe: bool = False
     """Nothing names the prediction type: the weights have to be asked (see `loading.probe_prediction`)."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What the pipeline is told beside its components, e.g. {"force_zeros_for_empty_prompt": True}."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,15 @@ class BaseFacts:
     weights_dtype: str = ""
     """How the denoiser's weights are stored: "F32", "F16", "BF16"; empty when they are not on this
     machine."""
+    adapters: str = ""
+    """The family whose adapters it takes, where that is not its own name."""
+    deferred: tuple[str, ...] = ()
+    """Components that are loaded when they are first needed: never, where all that they say is cached."""
+    readers: tuple[str, ...] = ()
+    """The tokenizers by which captions are counted and words taught, e.g. ("tokenizer", "tokenizer_2"); empty for all
+    that the base has."""
+    guided: bool = False
+    """Whether its denoiser is told a guidance scale (Flux.1 dev)."""
     problems: tuple[str, ...] = ()
     """Why it can't be loaded, each as a sentence with the next step; empty when it can."""
     notes: tuple[str, ...] = ()
@@ -225,7 +237,10 @@ def read_folder(folder: Path, name: str, variant: str | None = None, *, weights:
                 weights_dtype = headers[0].dtype
     pipeline = index.get("_class_name", "")
     pipeline = pipeline[-1] if isinstance(pipeline, list) else str(pipeline)
-    return Configs(name, pipeline, parts, tuple(missing), (), parameters, weights_dtype)
+    options = {
+        key: value for key, value in index.items() if not key.startswith("_") and not isinstance(value, list)
+    }
+    return Configs(name, pipeline, parts, tuple(missing), (), parameters, weights_dtype, options=options)
 
 
 def is_ignored(part: str) -> bool:
@@ -307,8 +322,6 @@ def architecture(configs: Configs) -> str:
         if configs.pipeline.startswith(beginning):
             return title
     unet = configs.parts.get("unet", {})
-    if unet.get("addition_embed_type") == "text_time":
-        return "Stable Diffusion XL"
     denoiser = configs.parts.get("transformer") or unet or configs.parts.get("prior") or {}
     return (
         f"a {configs.pipeline or 'model'} with a {denoiser.get('_class_name', 'denoiser of no known class')}"

@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from scumble.errors import ModelError
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from PIL.Image import Image
 
     from scumble.models.configs import BaseFacts, Configs
     from scumble.models.prediction import Prediction
@@ -35,6 +40,11 @@ class Conditioning:
     """(B, P) pooled embedding, for families that take one."""
     mask: Tensor | None = None
     """(B, L) 1 where a token counts, for families that mask padding."""
+    guidance: Tensor | None = None
+    """(B,) the guidance that the denoiser is told, where it is `guided`; None is the base's own for training."""
+    shown: Tensor | None = None
+    """(B, `shown_channels`, h, w) what the denoiser is shown of the picture itself, where it fills holes (see
+    `BaseModel.show`); None is nothing of it: all is hole."""
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -45,7 +55,7 @@ class Conditioning:
         def each(tensor: Tensor | None) -> Any:
             return None if tensor is None else function(tensor)
 
-        return Conditioning(each(self.tokens), each(self.pooled), each(self.mask))
+        return Conditioning(**{part.name: each(getattr(self, part.name)) for part in fields(self)})
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
         """Moved to `device`, floating tensors cast to `dtype`."""
@@ -62,9 +72,7 @@ class Conditioning:
             tensors = [getattr(part, name) for part in parts]
             return None if tensors[0] is None else torch.cat(tensors)
 
-        first = join("tokens")
-        assert first is not None
-        return Conditioning(first, join("pooled"), join("mask"))
+        return Conditioning(**{part.name: join(part.name) for part in fields(Conditioning)})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -120,16 +128,54 @@ class BaseModel(ABC):
     """The denoiser's dtype (compute dtype of frozen weights)."""
     notes: tuple[str, ...] = ()
     """What was assumed while loading, each as a sentence for the person who loads."""
+    guided: bool = False
+    """Whether the denoiser is told a guidance scale, as those are that were distilled from guided pictures."""
+    usual_guidance: float = 7.5
+    """The guidance that pictures are drawn with where nobody says another."""
+    shown_channels: int = 0
+    """Channels of what the denoiser is shown of a picture with a hole, beside the noise: those that paint into
+    pictures. 0: it draws from text alone."""
 
     @property
     def denoiser(self) -> nn.Module:
         """The UNet or transformer."""
         return next(iter(self.roots.values()))
 
+    @property
+    def teachable(self) -> tuple[str, ...]:
+        """The text encoders, by their names in `roots`, that are adapted where it is only said that the text is to be:
+        all of them, unless one is better left alone."""
+        return tuple(self.roots)[1:]
+
     @abstractmethod
     def encode_images(self, pixels: Tensor, rng: torch.Generator | None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) of about unit variance. `rng` None takes the mean of the
         posterior."""
+
+    def show(self, pixels: Tensor, holes: Tensor) -> Tensor:
+        """What `denoise` is shown of pictures with holes: (B, 3, H, W) in [-1, 1], and (B, 1, H, W) in [0, 1] whose
+        1 is a hole -> (B, `shown_channels`, h, w) fp32.
+
+        Raises:
+            ModelError: this base draws from text alone.
+        """
+        raise ModelError(f"{self.name} draws from text alone: it can't be shown a picture.")
+
+    def drawn_into(
+        self, picture: Image | None, mask: Image | None, count: int, size: tuple[int, int]
+    ) -> Mapping[str, Any]:
+        """What `pipeline()` is given beside the prompt, to draw `count` pictures of (width, height): into the white
+        of `mask`, with the rest as in `picture`; None draws all of it.
+
+        Raises:
+            ModelError: there is a picture, and this base draws from text alone.
+        """
+        if picture is not None:
+            raise ModelError(
+                f"{self.name} draws from text alone: it can't paint into a picture. Leave image and mask out, or name "
+                "an inpainting base (one whose UNet takes 9 channels)."
+            )
+        return {}
 
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -138,6 +184,11 @@ class BaseModel(ABC):
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts -> what `denoise` takes. Gradients flow when the text encoder has trainable adapters."""
+
+    def unconditional(self, count: int) -> Conditioning:
+        """(count) rows of what guidance starts from where there is no negative prompt: the empty prompt, unless
+        the family has something else for it."""
+        return self.encode_prompts([""] * count)
 
     @abstractmethod
     def token_counts(self, prompts: Sequence[str]) -> tuple[list[int], int]:
@@ -152,18 +203,87 @@ class BaseModel(ABC):
     def pipeline(self) -> DiffusionPipeline:
         """A diffusers pipeline over these very modules: the seam for schedulers, guidance, img2img."""
 
+    def asked(
+        self, prompts: Sequence[str], negatives: Sequence[str] | None, guidance: float
+    ) -> Mapping[str, Any]:
+        """What `pipeline()` is called with to draw `prompts`, in the words of its own family. `negatives` None is none,
+        which need not be the same as an empty one: some bases guide from zeros then."""
+        return {
+            "prompt": list(prompts),
+            "negative_prompt": None if negatives is None else list(negatives),
+            "guidance_scale": guidance,
+        }
+
+    def packed(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) as `pipeline()` takes and gives latents."""
+        return latents
+
+    def unpacked(self, latents: Tensor, width: int, height: int) -> Tensor:
+        """The inverse of `packed`, for pictures of so many pixels."""
+        return latents
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Its modules under diffusers' names, but for those of `waiting`."""
+        components: Mapping[str, Any] = {**self.roots, **cast("Any", self.pipeline()).components}
+        return {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+
+    def waiting(self) -> Mapping[str, str]:
+        """Component -> sha256 of its files, for those that are loaded when they are first needed, and are no `roots`;
+        the same before and after."""
+        return {}
+
+    def release(self) -> None:  # noqa: B027 - nothing is what most bases do
+        """Let go of what can be loaded again when it is needed."""
+
+    def sparing(self) -> AbstractContextManager[None]:
+        """Prompts are read without what would have to be loaded for it, for the length of a `with` block: enough to
+        compare two models that differ elsewhere."""
+        return nullcontext()
+
     @abstractmethod
     def fingerprint(self) -> str:
         """sha256 hex over the denoiser's frozen weights (names, shapes, fp16 bytes): the same for one base
         whatever dtype it was loaded in, and not changed by adapters."""
 
     def train_memory(self, *, checkpointing: bool) -> None:
-        """Turn gradient checkpointing of the denoiser (and the text encoders) on or off."""
+        """Turn gradient checkpointing of the denoiser and the text encoders on or off."""
         for root in self.roots.values():
             name = "enable_gradient_checkpointing" if checkpointing else "disable_gradient_checkpointing"
             method = getattr(root, name, None)
-            if method is not None:
+            if method is not None:  # diffusers' modules
                 method()
+                continue
+            word = "activation" if hasattr(root, "activation_checkpointing_enable") else "gradient"
+            turned = f"{word}_checkpointing_{'enable' if checkpointing else 'disable'}"
+            if not hasattr(root, turned):
+                continue
+            getattr(root, turned)(*([{"use_reentrant": False}] if checkpointing else []))
+            for layer in root.modules():
+                # transformers checkpoints only layers in training mode; the mode of the layer alone changes
+                # nothing else, because attention and MLP inside it (dropout) stay in eval mode: T5's attention, which
+                # has the switch too, drops by its own mode
+                if hasattr(layer, "gradient_checkpointing") and not isinstance(
+                    getattr(layer, "dropout", None), float
+                ):
+                    layer.training = checkpointing
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A component that is loaded when it is first needed."""
+
+    load: Callable[[], tuple[nn.Module, Sequence[str]]]
+    """The module, and what there is to say of it."""
+    files: tuple[Path, ...]
+    """What it is loaded from."""
+
+    def mark(self) -> str:
+        """sha256 hex over the bytes of its files."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -184,6 +304,10 @@ class Components:
     computed."""
     notes: tuple[str, ...] = field(default=())
     """What was assumed while loading."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What the base says of itself beside its parts, e.g. {"force_zeros_for_empty_prompt": True}."""
+    deferred: Mapping[str, Deferred] = field(default_factory=dict)
+    """Those of the parts that are loaded later (see `BaseFacts.deferred`)."""
 
 
 class Family(Protocol):

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import inspect
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ from torch import nn
 
 from scumble.errors import ModelError, did_you_mean
 from scumble.models import FAMILIES, hub
-from scumble.models.configs import WEIGHTLESS, BaseFacts, Configs, architecture, read_folder
-from scumble.models.family import BaseModel, Components, Frame, fingerprint
+from scumble.models.configs import WEIGHTLESS, BaseFacts, Configs, architecture, read_folder, weight_files
+from scumble.models.family import BaseModel, Components, Deferred, Frame, fingerprint
 from scumble.models.precision import PRECISIONS, check_precision, find_device
+from scumble.models.prediction import Flow
 from scumble.models.single_file import default_side, read_checkpoint, write_configs
 from scumble.rng import Streams
 
@@ -34,8 +37,9 @@ CACHED_TOKENIZERS: tuple[tuple[str, str], ...] = (
     ("CompVis/stable-diffusion-v1-4", "tokenizer/"),
     ("stabilityai/stable-diffusion-2-1", "tokenizer/"),
     ("stabilityai/stable-diffusion-2", "tokenizer/"),
+    ("stabilityai/stable-diffusion-xl-base-1.0", "tokenizer/"),
 )
-"""(Hub id, folder) where the vocabulary that SD 1 and SD 2 share may lie in the local Hub cache already."""
+"""(Hub id, folder) where the vocabulary that SD 1, SD 2 and SDXL share may lie in the local Hub cache already."""
 
 
 def describe_base(
@@ -53,8 +57,39 @@ def describe_base(
     return _describe(_find(source, revision, variant).configs)
 
 
+@dataclass(frozen=True)
+class Look:
+    """A base looked at without loading any of it."""
+
+    configs: Configs
+    facts: BaseFacts
+    folder: Path | None
+    """Where its configs lie; None for a single checkpoint."""
+    tokenizers: Mapping[str, Any]
+    """All that it has, by component; none for a single checkpoint, or where one can't be read."""
+
+
+def look_at(source: str | Path, *, revision: str | None = None, variant: str | None = None) -> Look:
+    """What is there of a base: configs, facts and vocabularies, no weights. `source` and the rest: as `load_base`.
+
+    Raises:
+        ModelError: there is no such base, or the path holds something else.
+    """
+    found = _find(source, revision, variant)
+    parts, facts = found.configs.parts, _describe(found.configs)
+    words: dict[str, Any] = {}
+    if found.folder is not None and not facts.problems:
+        with _quiet():
+            for part in parts:
+                if part.startswith("tokenizer"):
+                    kind = str(parts[part]["_class_name"])
+                    words[part] = _read_tokenizer(found.folder / part, found.configs.name, kind)
+    return Look(found.configs, facts, found.folder, words)
+
+
 def load_tokenizers(source: str | Path, *, revision: str | None = None) -> tuple[Any, ...]:
-    """The tokenizers of a base, without its weights; none for a single checkpoint, which holds no vocabulary.
+    """The tokenizers by which a base's captions are counted and its words taught, without its weights; none for a
+    single checkpoint, which holds no vocabulary.
 
     Raises:
         ModelError: there is no such base, or a vocabulary can't be read.
@@ -62,9 +97,14 @@ def load_tokenizers(source: str | Path, *, revision: str | None = None) -> tuple
     found = _find(source, revision, None)
     if found.folder is None:
         return ()
-    names = [part for part in found.configs.parts if part.startswith("tokenizer")]
+    parts, facts = found.configs.parts, _describe(found.configs)
+    names = facts.readers or tuple(part for part in parts if part.startswith("tokenizer"))
     with _quiet():
-        return tuple(_read_tokenizer(found.folder / part, found.configs.name) for part in names)
+        return tuple(
+            _read_tokenizer(found.folder / part, found.configs.name, str(parts[part]["_class_name"]))
+            for part in names
+            if part in parts
+        )
 
 
 def load_base(
@@ -107,6 +147,15 @@ def load_base(
     parts = found.load(dtype, tokenizer)
     parts = dataclasses.replace(parts, notes=(*facts.notes, *parts.notes))
     family = FAMILIES.get(facts.family)
+    if (
+        prediction is not None
+        and prediction != facts.prediction
+        and Flow.name in (prediction, facts.prediction)
+    ):
+        raise ModelError(
+            f"{found.configs.name} predicts {facts.prediction or 'noise on a fixed schedule'}, so prediction = "
+            f"{prediction!r} contradicts it: its noise levels are others. Leave prediction out."
+        )
     if prediction is not None and prediction != facts.prediction:
         said = facts.prediction or "nothing"
         parts = _predicting(
@@ -148,7 +197,7 @@ def probe_prediction(base: BaseModel) -> tuple[str, str]:
 
 
 def _describe(configs: Configs) -> BaseFacts:
-    claimed = [name for name in FAMILIES if FAMILIES.get(name).recognises(configs)]
+    claimed = [name for name, family in FAMILIES.working() if family.recognises(configs)]
     if len(claimed) > 1:
         raise ModelError(
             f"{configs.name} is claimed by {len(claimed)} families: {', '.join(claimed)}. "
@@ -158,6 +207,11 @@ def _describe(configs: Configs) -> BaseFacts:
         return FAMILIES.get(claimed[0]).describe(configs)
     title = architecture(configs)
     refusal = f"{configs.name} is {title}; this release trains {', '.join(FAMILIES.names())}."
+    if not configs.parts and any(family.title.startswith(title) for _, family in FAMILIES.working()):
+        refusal = (
+            f"{configs.name} is {title} as a single file; this release reads that as a folder. Make one with "
+            f"diffusers: {configs.pipeline}.from_single_file(...).save_pretrained(FOLDER), and name the folder."
+        )
     return BaseFacts(configs.name, "", title, "", problems=(refusal,), weights_dtype=configs.weights_dtype)
 
 
@@ -251,17 +305,23 @@ def _load_folder(
         _no_effect(configs.name, "it has its own", tokenizer=str(words))
     modules: dict[str, nn.Module] = {}
     tokenizers: dict[str, Any] = {}
+    deferred: dict[str, Deferred] = {}
     notes: list[str] = []
     scheduler: Any = None
+    later = _describe(configs).deferred
     mark = ""
     with _quiet():
         for part, config in configs.parts.items():
             if part.startswith("tokenizer"):
-                tokenizers[part] = _read_tokenizer(folder / part, configs.name)
+                tokenizers[part] = _read_tokenizer(folder / part, configs.name, str(config["_class_name"]))
                 continue
             cls = _class(str(config["_class_name"]), configs.name)
             if part.startswith("scheduler"):
                 scheduler = cls.from_config(dict(config))
+            elif part in later:
+                files, _ = weight_files(folder / part, variant)
+                load = functools.partial(_load_later, cls, folder / part, dtype, variant, configs.name)
+                deferred[part] = Deferred(load, (folder / part / "config.json", *files))
             elif not part.startswith(WEIGHTLESS):
                 modules[part], unused = _load_part(
                     cls, folder / part, _load_dtype(part, dtype), variant, configs.name
@@ -269,7 +329,23 @@ def _load_folder(
                 notes.extend(unused)
                 if part in ("unet", "transformer"):
                     mark = _mark(modules[part], dtype)
-    return Components(configs.name, modules, tokenizers, scheduler, mark, tuple(notes))
+    return Components(
+        configs.name,
+        modules,
+        tokenizers,
+        scheduler,
+        mark,
+        tuple(notes),
+        options=configs.options,
+        deferred=deferred,
+    )
+
+
+def _load_later(
+    cls: Any, folder: Path, dtype: torch.dtype, variant: str | None, base: str
+) -> tuple[nn.Module, list[str]]:
+    with _quiet():
+        return _load_part(cls, folder, dtype, variant, base)
 
 
 def _load_dtype(part: str, dtype: torch.dtype) -> torch.dtype:
@@ -334,11 +410,9 @@ def _load_part(
     return model, told
 
 
-def _read_tokenizer(folder: Path, base: str) -> Any:
-    from transformers import CLIPTokenizer
-
+def _read_tokenizer(folder: Path, base: str, kind: str = "CLIPTokenizer") -> Any:
     try:
-        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return _class(kind, base).from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"The tokenizer of {base} can't be read from {folder}: {error}") from error
 
@@ -347,24 +421,27 @@ def _load_file(path: Path, configs: Configs, dtype: torch.dtype, words: str | Pa
     import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
-    tokenizer = _find_tokenizer(path, configs, words)
-    padding = configs.parts["tokenizer"].get("pad_token")
-    if padding is not None:
-        tokenizer.pad_token = padding
+    tokenizers: dict[str, Any] = {}
+    for part in (part for part in configs.parts if part.startswith("tokenizer")):
+        tokenizers[part] = _find_tokenizer(path, configs, words)
+        padding = configs.parts[part].get("pad_token")
+        if padding is not None:
+            tokenizers[part].pad_token = padding
     scheduler_config = dict(configs.parts["scheduler"])
     scheduler = _class(scheduler_config["_class_name"], configs.name).from_config(scheduler_config)
+    pipeline_class = getattr(diffusers, configs.pipeline)
+    unwanted = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    taken = inspect.signature(pipeline_class.__init__).parameters
     with tempfile.TemporaryDirectory() as folder, _quiet():
         write_configs(configs, Path(folder))
         try:
-            pipeline = diffusers.StableDiffusionPipeline.from_single_file(
+            pipeline = pipeline_class.from_single_file(
                 str(path),
                 config=folder,
-                tokenizer=tokenizer,
                 scheduler=scheduler,
-                safety_checker=None,
-                feature_extractor=None,
-                requires_safety_checker=False,
                 local_files_only=True,
+                **tokenizers,
+                **{name: value for name, value in unwanted.items() if name in taken},
             )
         except NotImplementedError as error:  # torch, of a tensor that was never filled
             raise ModelError(
@@ -375,7 +452,8 @@ def _load_file(path: Path, configs: Configs, dtype: torch.dtype, words: str | Pa
             raise ModelError(
                 f"{configs.name} can't be loaded by diffusers' single-file loader: {error}"
             ) from error
-    modules = {part: getattr(pipeline, part) for part in ("unet", "vae", "text_encoder")}
+    weighty = [part for part in configs.parts if not part.startswith(WEIGHTLESS)]
+    modules = {part: getattr(pipeline, part) for part in weighty}
     lack = [f"{part}.{n}" for part, m in modules.items() for n, p in m.named_parameters() if p.is_meta]
     if lack:
         raise ModelError(
@@ -383,9 +461,8 @@ def _load_file(path: Path, configs: Configs, dtype: torch.dtype, words: str | Pa
             f"download it again."
         )
     # weights come as they are stored, and are rounded to `dtype` after the fingerprint is taken
-    return Components(
-        configs.name, modules, {"tokenizer": tokenizer}, scheduler, _mark(modules["unet"], dtype)
-    )
+    mark = _mark(modules["unet"], dtype)
+    return Components(configs.name, modules, tokenizers, scheduler, mark, options=configs.options)
 
 
 def _find_tokenizer(path: Path, configs: Configs, words: str | Path | None) -> Any:

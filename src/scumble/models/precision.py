@@ -7,8 +7,22 @@ import torch
 
 from scumble.errors import ModelError, PrecisionError, UnknownName
 
-PRECISIONS: dict[str, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""What people call the dtypes of a file."""
+
+PRECISIONS: dict[str, torch.dtype] = {"no": torch.float32, "fp16": DTYPES["fp16"], "bf16": DTYPES["bf16"]}
 """What people and Accelerate call a precision -> the dtype."""
+
+
+def dtype_called(name: str) -> torch.dtype:
+    """The dtype of a file that is called "fp32", "fp16" or "bf16".
+
+    Raises:
+        UnknownName: there is none called so.
+    """
+    if name not in DTYPES:
+        raise UnknownName("dtype", name, DTYPES)
+    return DTYPES[name]
 
 
 def dtype_named(precision: str) -> torch.dtype:

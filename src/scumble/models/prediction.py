@@ -6,8 +6,10 @@ All of x0, n, x_t are (B, C, h, w).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +26,21 @@ class Prediction(ABC):
 
     name: str
     """diffusers' word for it: "epsilon", "v_prediction", "flow"."""
+    straight: bool = False
+    """Whether x_t lies on the straight line from x0 to n, signal(t) + noise(t) = 1: flow matching."""
+    shift: float = 1.0
+    """How far `from_uniform` moves levels towards noise (see `shifted`); 1 not at all."""
+
+    def shift_at(self, tokens: int, usual: int) -> float:
+        """The shift for pictures of `tokens` latent patches, where the base's usual size has `usual`.
+
+        Raises:
+            ModelError: this prediction has a fixed schedule of noise levels.
+        """
+        raise ModelError(
+            f"A shift by resolution is for flow matching; this base predicts {self.name}. Give a number, or leave "
+            "the shift out."
+        )
 
     @abstractmethod
     def signal(self, t: Tensor) -> Tensor:
@@ -59,6 +76,14 @@ class Prediction(ABC):
         """The factor that turns a weight on the error in x0, given as a function of `snr`, into a weight on
         the error in this prediction: 1/snr for epsilon, 1/(snr + 1) for velocity (Hang et al. 2023, section
         3.4)."""
+
+
+def shifted(u: Tensor, factor: float) -> Tensor:
+    """Levels u in [0, 1] moved towards noise: the odds u / (1 - u) times `factor` (Esser et al. 2024, eq. 23).
+
+    Law: shifted(shifted(u, a), b) == shifted(u, a * b).
+    """
+    return u if factor == 1 else factor * u / (1 + (factor - 1) * u)
 
 
 def wide(factor: Tensor, like: Tensor) -> Tensor:
@@ -127,13 +152,49 @@ class Velocity(Scheduled):
         return 1 / (snr + 1)
 
 
+@dataclass(frozen=True)
+class TokenShift:
+    """A shift that grows with the picture: mu is linear in the number of latent patches, as diffusers' pipelines
+    compute it for schedulers with `use_dynamic_shifting`."""
+
+    low: float = 0.5
+    """mu at `low_tokens`."""
+    high: float = 1.15
+    """mu at `high_tokens`."""
+    low_tokens: int = 256
+    high_tokens: int = 4096
+    exponential: bool = True
+    """Whether the shift is exp(mu), or mu itself."""
+
+    def __call__(self, tokens: int) -> float:
+        """The shift for a picture of so many latent patches."""
+        mu = self.low + (self.high - self.low) * (tokens - self.low_tokens) / (
+            self.high_tokens - self.low_tokens
+        )
+        return math.exp(mu) if self.exponential else mu
+
+
 class Flow(Prediction):
     """The straight path from picture to noise, n - x0 (Lipman et al. 2023; Esser et al. 2024): SD 3 and Flux.
 
-    t is in [0, 1]: x_t = (1 - t) x0 + t n.
+    t is in [0, 1]: x_t = (1 - t) x0 + t n. It is sigma in diffusers' flow-matching schedulers, whose timesteps are
+    1000 t.
     """
 
     name = "flow"
+    straight = True
+
+    def __init__(self, shift: float = 1.0, by_tokens: TokenShift | None = None) -> None:
+        """`shift`: of the base's own schedule, by which it draws and is trained. `by_tokens`: where it draws by a shift
+        of its own for each size of picture; trained is then at `shift`, as diffusers' scripts do."""
+        self.shift, self.by_tokens = shift, by_tokens
+
+    def shift_at(self, tokens: int, usual: int) -> float:
+        """See Prediction. A base with one fixed shift has it at its usual size, and in proportion to the side at
+        others (Esser et al. 2024, section 5.3.2)."""
+        if self.by_tokens is not None:
+            return self.by_tokens(tokens)
+        return self.shift * math.sqrt(tokens / usual)
 
     def signal(self, t: Tensor) -> Tensor:
         return 1 - t.float()
@@ -142,7 +203,7 @@ class Flow(Prediction):
         return t.float()
 
     def from_uniform(self, u: Tensor) -> Tensor:
-        return u
+        return shifted(u, self.shift)
 
     def target(self, x0: Tensor, n: Tensor, t: Tensor) -> Tensor:
         return n - x0
@@ -155,6 +216,9 @@ class Flow(Prediction):
         return t.float().square()
 
 
+FLOW_SAMPLED = "flow_prediction"
+"""What diffusers' samplers call it that were not made for flow matching alone."""
+
 SCHEDULED: dict[str, type[Scheduled]] = {"epsilon": Epsilon, "v_prediction": Velocity}
 """diffusers' word -> the prediction, for schedulers of the DDPM kind."""
 
@@ -165,9 +229,11 @@ def prediction_type(scheduler: Mapping[str, Any]) -> tuple[str, str]:
     Raises:
         ModelError: the config names a prediction that this release doesn't train.
     """
-    if "FlowMatch" in str(scheduler.get("_class_name", "")):
-        return Flow.name, ""
     said = scheduler.get("prediction_type")
+    # a scheduler that was never saved doesn't name its class; those of flow matching have a shift, and no betas
+    unnamed = "shift" in scheduler and "beta_start" not in scheduler
+    if "FlowMatch" in str(scheduler.get("_class_name", "")) or unnamed or said == FLOW_SAMPLED:
+        return Flow.name, ""
     if said is None:
         return (
             Epsilon.name,
@@ -193,7 +259,7 @@ def prediction_from(scheduler: Mapping[str, Any]) -> Prediction:
     """
     name, _ = prediction_type(scheduler)
     if name == Flow.name:
-        return Flow()
+        return _flow(scheduler)
     if "EDM" in str(scheduler.get("_class_name", "")):
         raise ModelError(
             f"The base's noise schedule is {scheduler['_class_name']} (Karras et al. 2022); this release "
@@ -212,3 +278,19 @@ def prediction_from(scheduler: Mapping[str, Any]) -> Prediction:
             f"The base's noise schedule can't be built from its scheduler config: {error}"
         ) from error
     return SCHEDULED[name](schedule.alphas_cumprod)
+
+
+def _flow(scheduler: Mapping[str, Any]) -> Flow:
+    if scheduler.get("use_dynamic_shifting"):
+        names = {
+            "low": "base_shift",
+            "high": "max_shift",
+            "low_tokens": "base_image_seq_len",
+            "high_tokens": "max_image_seq_len",
+        }
+        said = {
+            ours: scheduler[theirs] for ours, theirs in names.items() if scheduler.get(theirs) is not None
+        }
+        exponential = scheduler.get("time_shift_type", "exponential") == "exponential"
+        return Flow(by_tokens=TokenShift(**said, exponential=exponential))
+    return Flow(float(scheduler.get("shift", scheduler.get("flow_shift", 1.0))))

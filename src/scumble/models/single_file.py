@@ -1,6 +1,7 @@
 """Single checkpoints: the diffusers configs that the tensors of one .safetensors file imply.
 
-Such a file (CompVis' names: "model.diffusion_model.", "first_stage_model.", "cond_stage_model.") holds
+Such a file (CompVis' names: "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", SDXL's
+"conditioner.") holds
 weights and no configs. diffusers' loader would fetch the configs of a well-known base from the Hub; here they
 are told from the shapes, so that a local file needs no network and a base of unusual size loads too. Weights
 are read by diffusers.
@@ -20,9 +21,11 @@ from scumble.models.configs import Configs, Header, read_header
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
+XL = "conditioner.embedders."
+XL_CLIP, XL_OPEN_CLIP = f"{XL}0.transformer.text_model.", f"{XL}1.model."
+REFINER_OPEN_CLIP = f"{XL}0.model."
 
 SIGNS = (
-    ("conditioner.embedders.", "StableDiffusionXLPipeline"),
     ("joint_blocks.0.", "StableDiffusion3Pipeline"),
     ("double_stream_modulation_img.", "Flux2Pipeline"),
     ("double_blocks.0.", "FluxPipeline"),
@@ -41,6 +44,10 @@ ADAPTER_SIGNS = (
     "lokr_w",
     "_lora.",
 )
+
+XL_TIME_WIDTH = 256
+"""Numbers by which SDXL is told each number of the picture's geometry: from the published configs, since shapes don't
+tell it."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -65,8 +72,9 @@ def read_checkpoint(path: Path, name: str) -> Configs:
     if not any(key.startswith(UNET) for key in shapes):
         raise ModelError(f"{name} is not a checkpoint of a base model. {_what_file(shapes)}")
     has_vae = any(key.startswith(VAE) for key in shapes)
+    is_xl = any(key.startswith(XL) for key in shapes)
     try:
-        unet, vae, text = unet_config(shapes), vae_config(shapes) if has_vae else {}, text_config(shapes)
+        unet, vae, texts = unet_config(shapes), vae_config(shapes) if has_vae else {}, text_configs(shapes)
     except (KeyError, IndexError) as error:
         raise ModelError(
             f"{name} is not laid out as Stable Diffusion's checkpoints are: {error} is not where it belongs. "
@@ -77,17 +85,20 @@ def read_checkpoint(path: Path, name: str) -> Configs:
     parts: dict[str, Mapping[str, Any]] = {
         "unet": unet,
         "vae": vae,
+        "scheduler": scheduler_config(stated, zero_snr="ztsnr" in shapes, xl=is_xl),
+    }
+    prefixes: dict[str, str] = {}
+    for part, (prefix, text) in texts.items():
+        prefixes[part] = prefix
+        if text is None:
+            missing.append(f"the {part.replace('_', ' ')} ({prefix}...) in the file")
+        parts[part] = text or {}
         # OpenCLIP fills a prompt up with token 0, which is "!"; CLIP with its end token, the tokenizer's own
         # default
-        "tokenizer": {
+        parts[part.replace("text_encoder", "tokenizer")] = {
             "_class_name": "CLIPTokenizer",
-            "pad_token": "!" if f"{OPEN_CLIP}positional_embedding" in shapes else None,
-        },
-        "scheduler": scheduler_config(stated, zero_snr="ztsnr" in shapes),
-    }
-    if text is None:
-        missing.append(f"the text encoder ({CLIP}... or {OPEN_CLIP}...) in the file")
-    parts["text_encoder"] = text or {"_class_name": "CLIPTextModel"}
+            "pad_token": "!" if f"{prefix}positional_embedding" in shapes else None,
+        }
     if sum(key.startswith("model_ema.") for key in shapes) > 100:
         notes.append(
             "The checkpoint holds averaged weights (model_ema.) as well; the plain ones are used, as usual."
@@ -95,11 +106,11 @@ def read_checkpoint(path: Path, name: str) -> Configs:
     unet["sample_size"] = default_side(unet, stated)
     count = {
         part: sum(math.prod(shape) for key, shape in shapes.items() if key.startswith(beginning))
-        for part, beginning in (("unet", UNET), ("vae", VAE), ("text_encoder", "cond_stage_model."))
+        for part, beginning in (("unet", UNET), ("vae", VAE), *prefixes.items())
     }
     return Configs(
         name,
-        "StableDiffusionPipeline",
+        "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline",
         parts,
         tuple(missing),
         tuple(notes),
@@ -156,7 +167,11 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
     heads: Any = [count // 64 for count in channels] if linear else 8
     if linear and any(count % 64 for count in channels):
         raise KeyError(f"a multiple of 64 in the channels {channels}")
-    depth = _count(s, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
+    told = [key for key in shapes if key.startswith(XL)]
+    depth: Any = _count(s, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
+    if told:  # SDXL's transformers grow deeper with the level; on one without any, 1 means nothing
+        blocks = (rf"input_blocks\.{attended.get(level)}\.1" for level in range(len(levels)))
+        depth = [_count(s, rf"{block}\.transformer_blocks\.(\d+)\.") or 1 for block in blocks]
     crossing = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
     plain = "DownBlock2D", "UpBlock2D"
     kinds = [crossing if level in attended else plain for level in range(len(levels))]
@@ -174,9 +189,15 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
         "transformer_layers_per_block": depth,
         "use_linear_projection": linear,
         # SD 2.1 overflows in fp16 attention without it; the file does not say which 2.x it is
-        "upcast_attention": linear,
+        "upcast_attention": linear and not told,
     }
-    if "label_emb.0.0.weight" in s:
+    if told:
+        config |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": XL_TIME_WIDTH,
+            "projection_class_embeddings_input_dim": s["label_emb.0.0.weight"][1],
+        }
+    elif "label_emb.0.0.weight" in s:
         config |= {
             "class_embed_type": "projection",
             "projection_class_embeddings_input_dim": s["label_emb.0.0.weight"][1],
@@ -185,7 +206,10 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def default_side(unet: Mapping[str, Any], prediction: str | None) -> int:
-    """Default side in latents: 96 for SD 2 with velocity prediction (768 pixels), else 64 (512 pixels)."""
+    """Default side in latents: 128 for SDXL (1024 pixels), 96 for SD 2 with velocity prediction (768 pixels), else 64
+    (512 pixels)."""
+    if unet.get("addition_embed_type") is not None:
+        return 128
     return 96 if unet["use_linear_projection"] and prediction == "v_prediction" else 64
 
 
@@ -203,34 +227,48 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "latent_channels": s["post_quant_conv.weight"][0],
         "sample_size": 512,
-        # the constant of all SD 1 and SD 2 releases; a file without configs can't say another
-        "scaling_factor": 0.18215,
+        # the constants of all releases; a file without configs can't say another
+        "scaling_factor": 0.13025 if any(key.startswith(XL) for key in shapes) else 0.18215,
     }
 
 
-def text_config(shapes: Shapes) -> dict[str, Any] | None:
-    """transformers' config of the text encoder, or None when the file holds none.
+def text_configs(shapes: Shapes) -> dict[str, tuple[str, dict[str, Any] | None]]:
+    """Text encoder -> (the beginning of its tensors' names, transformers' config of it, or None when the file holds
+    none). A refiner has SDXL's second alone."""
+    if f"{REFINER_OPEN_CLIP}token_embedding.weight" in shapes:
+        return {"text_encoder_2": (REFINER_OPEN_CLIP, text_config(shapes, REFINER_OPEN_CLIP, pooled=True))}
+    if any(key.startswith(XL) for key in shapes):
+        return {
+            "text_encoder": (XL_CLIP, text_config(shapes, XL_CLIP)),
+            "text_encoder_2": (XL_OPEN_CLIP, text_config(shapes, XL_OPEN_CLIP, pooled=True)),
+        }
+    prefix = OPEN_CLIP if f"{OPEN_CLIP}token_embedding.weight" in shapes else CLIP
+    return {"text_encoder": (prefix, text_config(shapes, prefix))}
 
-    SD 2 takes the last layer but one of OpenCLIP ViT-H, so that its config has one layer less than the file.
+
+def text_config(shapes: Shapes, prefix: str, *, pooled: bool = False) -> dict[str, Any] | None:
+    """transformers' config of the text encoder whose tensors begin with `prefix`, or None when the file holds none.
+
+    `pooled`: with the projection of its pooled embedding. SD 2 takes the last layer but one of OpenCLIP ViT-H, so that
+    its config has one layer less than the file.
     """
-    common = {
-        "_class_name": "CLIPTextModel",
-        "architectures": ["CLIPTextModel"],
-        "model_type": "clip_text_model",
-    }
-    if f"{CLIP}embeddings.token_embedding.weight" in shapes:
-        rows, width = shapes[f"{CLIP}embeddings.token_embedding.weight"]
-        layers = _count(shapes, re.escape(CLIP) + r"encoder\.layers\.(\d+)\.")
-        inner = shapes[f"{CLIP}encoder.layers.0.mlp.fc1.weight"][0]
-        window, activation = shapes[f"{CLIP}embeddings.position_embedding.weight"][0], "quick_gelu"
-    elif f"{OPEN_CLIP}token_embedding.weight" in shapes:
-        rows, width = shapes[f"{OPEN_CLIP}token_embedding.weight"]
-        layers = _count(shapes, re.escape(OPEN_CLIP) + r"transformer\.resblocks\.(\d+)\.")
+    kind = "CLIPTextModelWithProjection" if pooled else "CLIPTextModel"
+    common = {"_class_name": kind, "architectures": [kind], "model_type": "clip_text_model"}
+    projection: int | None = None
+    if f"{prefix}embeddings.token_embedding.weight" in shapes:
+        rows, width = shapes[f"{prefix}embeddings.token_embedding.weight"]
+        layers = _count(shapes, re.escape(prefix) + r"encoder\.layers\.(\d+)\.")
+        inner = shapes[f"{prefix}encoder.layers.0.mlp.fc1.weight"][0]
+        window, activation = shapes[f"{prefix}embeddings.position_embedding.weight"][0], "quick_gelu"
+    elif f"{prefix}token_embedding.weight" in shapes:
+        rows, width = shapes[f"{prefix}token_embedding.weight"]
+        layers = _count(shapes, re.escape(prefix) + r"transformer\.resblocks\.(\d+)\.")
         layers -= (
             layers == 24
         )  # the last of ViT-H's 24 is there, and is not used; diffusers drops it by its number
-        inner = shapes[f"{OPEN_CLIP}transformer.resblocks.0.mlp.c_fc.weight"][0]
-        window, activation = shapes[f"{OPEN_CLIP}positional_embedding"][0], "gelu"
+        inner = shapes[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"][0]
+        window, activation = shapes[f"{prefix}positional_embedding"][0], "gelu"
+        projection = shapes[f"{prefix}text_projection"][1] if pooled else None
     else:
         return None
     return common | {
@@ -245,13 +283,13 @@ def text_config(shapes: Shapes) -> dict[str, Any] | None:
         "num_attention_heads": max(1, width // 64),
         "max_position_embeddings": window,
         "hidden_act": activation,
-        "projection_dim": width,
+        "projection_dim": projection or width,
     }
 
 
-def scheduler_config(prediction: str | None, *, zero_snr: bool = False) -> dict[str, Any]:
-    """The noise schedule of every SD 1 and SD 2 release; no `prediction` leaves it open."""
-    config = {
+def scheduler_config(prediction: str | None, *, zero_snr: bool = False, xl: bool = False) -> dict[str, Any]:
+    """The noise schedule of every SD 1, SD 2 and SDXL release; no `prediction` leaves it open."""
+    config: dict[str, Any] = {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": 1000,
         "beta_start": 0.00085,
@@ -262,16 +300,19 @@ def scheduler_config(prediction: str | None, *, zero_snr: bool = False) -> dict[
         "steps_offset": 1,
         "rescale_betas_zero_snr": zero_snr,
     }
+    if xl:
+        config |= {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+        del config["clip_sample"], config["set_alpha_to_one"]
     return config if prediction is None else config | {"prediction_type": prediction}
 
 
 def write_configs(configs: Configs, folder: Path) -> None:
     """Write the configs as the diffusers folder that `from_single_file(config=...)` takes (without a
     tokenizer)."""
-    libraries = {"text_encoder": "transformers", "tokenizer": "transformers"}
-    index: dict[str, Any] = {"_class_name": configs.pipeline}
+    index: dict[str, Any] = {"_class_name": configs.pipeline, **configs.options}
     for part, config in configs.parts.items():
-        index[part] = [libraries.get(part, "diffusers"), config["_class_name"]]
+        library = "transformers" if part.startswith(("text_encoder", "tokenizer")) else "diffusers"
+        index[part] = [library, config["_class_name"]]
         directory = folder / part
         directory.mkdir(parents=True)
         file = "scheduler_config.json" if part == "scheduler" else "config.json"

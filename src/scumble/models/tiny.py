@@ -7,6 +7,7 @@ will meet in earnest; a base is built in a fraction of a second and draws 16x16 
 
 from __future__ import annotations
 
+import string
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 WINDOW = 77
 """Tokens of a prompt, as in CLIP."""
+
+T5_WINDOW = 512
+"""Tokens of a prompt, as in T5."""
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -40,6 +44,8 @@ class TinySizes:
     """Of the text encoder."""
     padding: str = END
     """The token that fills a prompt up."""
+    channels: int = 4
+    """Channels that the UNet takes."""
 
 
 def tiny_tokenizer(padding: str = END) -> Any:
@@ -59,16 +65,79 @@ def tiny_tokenizer(padding: str = END) -> Any:
     )
 
 
+def tiny_vae(scaling_factor: float) -> Any:
+    """A random AutoencoderKL of 4 latent channels, 2 pixels per latent."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        sample_size=16,
+        scaling_factor=scaling_factor,
+    )
+
+
+def tiny_clip(tokenizer: Any, width: int, activation: str, **others: Any) -> Any:
+    """The CLIPTextConfig of a text encoder of two layers that reads this tokenizer's words."""
+    from transformers import CLIPTextConfig
+
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "projection_dim": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "hidden_act": activation,
+        "max_position_embeddings": WINDOW,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return CLIPTextConfig(**{**sizes, **others})
+
+
+def tiny_t5_tokenizer() -> Any:
+    """A T5Tokenizer of 104 pieces, ASCII's letters and a few words: other letters are unknown to it."""
+    from transformers import T5Tokenizer
+
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("\u2581", -2.0)]
+    letters = [(letter, -4.0) for letter in string.printable[:94]]
+    words = [(f"\u2581{word}", -3.0) for word in ("a", "the", "fox", "and", "in", "of")]
+    return T5Tokenizer(vocab=[*special, *letters, *words], extra_ids=0, model_max_length=T5_WINDOW)
+
+
+def tiny_t5(tokenizer: Any, width: int) -> Any:
+    """The T5Config of a gated encoder of two layers, as T5 v1.1's, that reads this tokenizer's words."""
+    from transformers import T5Config
+
+    return T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=width // 4,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
+
+
 def tiny_components(name: str, sizes: TinySizes, seed: int) -> Components:
     """Random parts of these sizes, the same for equal seeds. The global random state is left as it was."""
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel
 
     tokenizer = tiny_tokenizer(sizes.padding)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(
             sample_size=8,
+            in_channels=sizes.channels,
             block_out_channels=(32, 64),
             layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -77,30 +146,8 @@ def tiny_components(name: str, sizes: TinySizes, seed: int) -> Components:
             attention_head_dim=sizes.heads,
             use_linear_projection=sizes.linear,
         )
-        vae = AutoencoderKL(
-            block_out_channels=(32, 64),
-            layers_per_block=1,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            sample_size=16,
-            scaling_factor=0.18215,
-        )
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=sizes.width,
-                intermediate_size=2 * sizes.width,
-                projection_dim=sizes.width,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                hidden_act=sizes.activation,
-                max_position_embeddings=WINDOW,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+        vae = tiny_vae(0.18215)
+        text_encoder = CLIPTextModel(tiny_clip(tokenizer, sizes.width, sizes.activation))
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,

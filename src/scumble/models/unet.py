@@ -1,4 +1,4 @@
-"""UNet bases: what Stable Diffusion 1 and 2 share (and SDXL will): one UNet, one VAE, CLIP text.
+"""UNet bases: what Stable Diffusion 1, 2 and XL share: one UNet, one VAE, one CLIP text encoder or several.
 
 Sources: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models"; the calls are
 those of diffusers' StableDiffusionPipeline, which tests/laws/test_base_models.py compares with.
@@ -20,7 +20,7 @@ from scumble.models.configs import BaseFacts, Configs
 from scumble.models.family import BaseModel, Components, Conditioning, Frame, fingerprint
 from scumble.models.latents import LatentSpace
 from scumble.models.precision import check_precision
-from scumble.models.prediction import prediction_from, prediction_type
+from scumble.models.prediction import Flow, prediction_from, prediction_type
 from scumble.models.text import Truncation, Words
 from scumble.models.tiny import TinySizes, tiny_components
 
@@ -33,53 +33,78 @@ EXTRA_CHANNELS = {
     8: "an InstructPix2Pix model",
     9: "an inpainting model",
 }
-"""Input channels of a UNet over 4-channel latents -> what such a model is."""
+"""Input channels of a UNet over 4-channel latents -> what such a model is, where its family has no word for it."""
+
+TOLD = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
+"""What the config of a UNet has that is told more than text."""
 
 
 class UNetBase(BaseModel):
     """A frozen UNet, VAE and CLIP text encoder, as diffusers' StableDiffusionPipeline puts them together."""
 
-    def __init__(self, family: str, parts: Components, *, dtype: torch.dtype, device: torch.device) -> None:
-        """`parts` hold "unet", "vae", "text_encoder", "tokenizer"; they are moved to `device` and frozen in
-        place.
+    encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer"}
+    """Each text encoder, and the tokenizer whose words it reads."""
+    drawn_by: ClassVar[str] = "StableDiffusionPipeline"
+    """The class of diffusers that draws with these parts."""
 
-        `dtype` is that of UNet and text encoder. The VAE has it too, except that fp16 on a CPU is fp32 there.
+    def __init__(self, family: str, parts: Components, *, dtype: torch.dtype, device: torch.device) -> None:
+        """`parts` hold "unet", "vae", the text encoders and their tokenizers; they are moved to `device` and
+        frozen in place.
+
+        `dtype` is that of UNet and text encoders. The VAE has it too, except that fp16 on a CPU is fp32 there.
 
         Raises:
-            ModelError: the tokenizer knows more tokens than the text encoder, or the schedule can't be built.
+            ModelError: a tokenizer knows more tokens than its text encoder, or the schedule can't be built.
         """
         self.family, self.name, self.notes = family, parts.name, parts.notes
         self.device, self.dtype = torch.device(device), dtype
         self.unet: Any = parts.modules["unet"]
         self.vae: Any = parts.modules["vae"]
-        self.text_encoder: Any = parts.modules["text_encoder"]
-        self.tokenizer: Any = parts.tokenizers["tokenizer"]
+        self.text_encoders: dict[str, Any] = {root: parts.modules[root] for root in self.encoders}
         self.scheduler: Any = parts.scheduler
         vae_dtype = torch.float32 if dtype == torch.float16 and self.device.type == "cpu" else dtype
-        for module, its in ((self.unet, dtype), (self.text_encoder, dtype), (self.vae, vae_dtype)):
+        everyone = [(module, dtype) for module in (self.unet, *self.text_encoders.values())]
+        for module, its in (*everyone, (self.vae, vae_dtype)):
             if (module.device, module.dtype) != (self.device, its):
                 nn.Module.to(
                     module, self.device, its
                 )  # diffusers' own `to` warns of fp32 modules that are not there
             module.requires_grad_(False).eval()
         set_attention(self.unet, "auto")
-        self.roots = {"unet": self.unet, "text_encoder": self.text_encoder}
+        self.roots = {"unet": self.unet, **self.text_encoders}
         self.prediction = prediction_from(self.scheduler.config)
         self.latents = LatentSpace(self.vae)
         self.latent_factor, self.latent_channels = self.latents.factor, self.latents.channels
-        unet_config, vae_config, text_config = (
-            cast(Any, module).config for module in (self.unet, self.vae, self.text_encoder)
-        )
+        unet_config, vae_config = (cast(Any, module).config for module in (self.unet, self.vae))
         self.resolution, self.size_multiple = sizes(unet_config, vae_config)
-        self.words = Words(self.tokenizer, text_config.max_position_embeddings)
-        self.vocabularies = {"text_encoder": self.words.vocabulary}
+        self.readings: dict[str, Words] = {}
+        """How each text encoder reads a prompt."""
+        for root, name in self.encoders.items():
+            tokenizer, config = parts.tokenizers[name], self.text_encoders[root].config
+            self.readings[root] = Words(tokenizer, config.max_position_embeddings)
+            known, rows = len(tokenizer), config.vocab_size
+            if known > rows:
+                raise ModelError(
+                    f"The {name} of {self.name} has {known} tokens and its {root.replace('_', ' ')} {rows}: they "
+                    f"don't belong together. Take both from one base."
+                )
+        self.vocabularies = {root: words.vocabulary for root, words in self.readings.items()}
         self._fingerprint = parts.fingerprint
-        known, rows = len(self.tokenizer), text_config.vocab_size
-        if known > rows:
-            raise ModelError(
-                f"The tokenizer of {self.name} has {known} tokens and its text encoder {rows}: they don't "
-                f"belong together. Take both from one base."
-            )
+
+    @property
+    def text_encoder(self) -> Any:
+        """The first text encoder."""
+        return self.text_encoders["text_encoder"]
+
+    @property
+    def words(self) -> Words:
+        """How the first text encoder reads a prompt."""
+        return self.readings["text_encoder"]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The first text encoder's tokenizer."""
+        return self.words.tokenizer
 
     def encode_images(self, pixels: Tensor, rng: torch.Generator | None) -> Tensor:
         """See BaseModel. Computed in the VAE's dtype, again in fp32 where that overflowed; the result is
@@ -107,31 +132,48 @@ class UNetBase(BaseModel):
         self._check_compute()
         ids, mask = self.words.ids(prompts)
         masked = getattr(self.text_encoder.config, "use_attention_mask", None)
-        trains = any(parameter.requires_grad for parameter in self.text_encoder.parameters())
-        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+        with self._recording():
             hidden: Tensor = self.text_encoder(
                 ids.to(self.device), attention_mask=mask.to(self.device) if masked else None
             )[0]
         return Conditioning(hidden.to(self.text_encoder.dtype))
 
+    def _recording(self) -> torch.set_grad_enabled:
+        """Records the graph where a parameter of a text encoder requires a gradient, and only there."""
+        encoders = self.text_encoders.values()
+        trains = any(parameter.requires_grad for one in encoders for parameter in one.parameters())
+        return torch.set_grad_enabled(trains and torch.is_grad_enabled())
+
     def token_counts(self, prompts: Sequence[str]) -> tuple[list[int], int]:
-        return self.words.counts(prompts), self.words.limit
+        """See BaseModel: of several text encoders, the most tokens and the lowest limit."""
+        counts = [words.counts(prompts) for words in self.readings.values()]
+        limit = min(words.limit for words in self.readings.values())
+        return [max(each) for each in zip(*counts, strict=True)], limit
 
     def truncated(self, prompts: Sequence[str]) -> list[Truncation]:
-        """The prompts that don't fit the text encoder, each with what is lost of it."""
-        return self.words.truncated(prompts)
+        """The prompts that don't fit a text encoder, each with what is lost of it."""
+        lost = [each for words in self.readings.values() for each in words.truncated(prompts)]
+        return list(dict.fromkeys(lost))
 
     def denoise(self, latents: Tensor, t: Tensor, conditioning: Conditioning, frame: Frame) -> Tensor:
-        """See BaseModel: (B, C, h, w), t (B,) -> (B, C, h, w) fp32. These families aren't told the
-        `frame`."""
+        """See BaseModel: (B, C, h, w), t (B,) -> (B, C, h, w) fp32."""
         self._check_compute()
         out: Tensor = self.unet(
-            latents.to(self.device, self.dtype),
+            self.input_of(latents, conditioning).to(self.device, self.dtype),
             t.to(self.device),
             encoder_hidden_states=conditioning.tokens.to(self.device, self.dtype),
+            added_cond_kwargs=self.told_besides(conditioning, frame),
             return_dict=False,
         )[0]
         return out.float()
+
+    def input_of(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
+        """What the UNet takes where the noise is `latents`: these alone, unless it is shown more."""
+        return latents
+
+    def told_besides(self, conditioning: Conditioning, frame: Frame) -> dict[str, Tensor] | None:
+        """What the UNet is told beside the tokens. SD 1 and 2 are told nothing."""
+        return None
 
     def _check_compute(self) -> None:
         if (
@@ -142,9 +184,9 @@ class UNetBase(BaseModel):
     def pipeline(self) -> StableDiffusionPipeline:
         """A StableDiffusionPipeline over these very modules, with a fresh copy of the base's own
         scheduler."""
-        from diffusers import StableDiffusionPipeline
+        import diffusers
 
-        return StableDiffusionPipeline(
+        pipeline: StableDiffusionPipeline = getattr(diffusers, self.drawn_by)(
             vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
@@ -154,26 +196,13 @@ class UNetBase(BaseModel):
             feature_extractor=None,
             requires_safety_checker=False,
         )
+        return pipeline
 
     def fingerprint(self) -> str:
         """See BaseModel. Computed once; of a base built by hand in bf16 it is that of the rounded weights."""
         if not self._fingerprint:
             self._fingerprint = fingerprint(base_state(self.unet))
         return self._fingerprint
-
-    def train_memory(self, *, checkpointing: bool) -> None:
-        """Turn gradient checkpointing of the UNet and the text encoder on or off."""
-        super().train_memory(checkpointing=checkpointing)
-        word = "activation" if hasattr(self.text_encoder, "activation_checkpointing_enable") else "gradient"
-        if checkpointing:
-            getattr(self.text_encoder, f"{word}_checkpointing_enable")({"use_reentrant": False})
-        else:
-            getattr(self.text_encoder, f"{word}_checkpointing_disable")()
-        for layer in self.text_encoder.modules():
-            # transformers checkpoints only layers in training mode; the mode of the layer alone changes
-            # nothing else, because attention and MLP inside it (dropout) stay in eval mode
-            if hasattr(layer, "gradient_checkpointing"):
-                layer.training = checkpointing
 
     def set_attention(self, kind: str) -> None:
         """How the UNet computes attention: "sdpa", "plain", or "auto", which chooses the faster (see `attention`)
@@ -195,14 +224,21 @@ def sizes(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
 
 
 class UNetFamily:
-    """A family over UNet2DConditionModel with one CLIP text encoder, told from its neighbours by
-    structure."""
+    """A family over UNet2DConditionModel with CLIP text encoders, told from its neighbours by structure."""
 
     name: ClassVar[str]
     title: ClassVar[str]
+    base: ClassVar[type[UNetBase]] = UNetBase
+    encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "CLIPTextModel"}
+    """Each text encoder and its class in transformers."""
     linear: ClassVar[bool]
     """Whether the transformers in the UNet project in and out by a linear layer (SD 2) or a 1x1 convolution
     (SD 1)."""
+    fills: ClassVar[bool] = False
+    """Whether the UNet is shown a picture with a hole, to fill it: one channel for the hole, and as many as it gives
+    for the rest."""
+    adapters: ClassVar[str] = ""
+    """The family whose adapters it takes, where that is not this one."""
     tiny_sizes: ClassVar[TinySizes]
 
     @classmethod
@@ -210,12 +246,12 @@ class UNetFamily:
         """By structure alone: a UNet2DConditionModel of this kind of projection that is told text and nothing
         else."""
         unet = configs.parts.get("unet", {})
-        told = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
         return (
             unet.get("_class_name") == "UNet2DConditionModel"
             and bool(unet.get("use_linear_projection", False)) == cls.linear
-            and not any(unet.get(key) is not None for key in told)
+            and not any(unet.get(key) is not None for key in TOLD)
             and "text_encoder_2" not in configs.parts
+            and (unet.get("in_channels", 4) == 2 * unet.get("out_channels", 4) + 1) == cls.fills
         )
 
     @classmethod
@@ -229,6 +265,12 @@ class UNetFamily:
                 kind, note = prediction_type(configs.parts.get("scheduler", {}))
         except ModelError as error:
             problems.append(f"{configs.name}: {error}")
+        if kind == Flow.name:
+            problems.append(
+                f"The scheduler of {configs.name} says that it was trained by flow matching; this release trains UNets "
+                "that predict epsilon or velocity. Take the scheduler folder of the base that it was made from, if "
+                "that is what it is."
+            )
         known = bool(vae.get("block_out_channels"))
         side, multiple = sizes(unet, vae) if known else (None, None)
         return BaseFacts(
@@ -240,9 +282,10 @@ class UNetFamily:
             resolution=side,
             size_multiple=multiple,
             latent_factor=2 ** (len(vae["block_out_channels"]) - 1) if known else None,
-            latent_channels=unet.get("in_channels", 4),
+            latent_channels=unet.get("out_channels", 4),
             parameters=configs.parameters,
             weights_dtype=configs.weights_dtype,
+            adapters=cls.adapters,
             problems=tuple(problems),
             notes=(*configs.notes, *([note] if note else [])),
         )
@@ -251,26 +294,25 @@ class UNetFamily:
     def _problems(cls, configs: Configs) -> Sequence[str]:
         name, parts = configs.name, configs.parts
         problems = []
-        lack = [
-            f"the {part} folder"
-            for part in ("vae", "text_encoder", "tokenizer", "scheduler")
-            if part not in parts
-        ]
+        tokenizers = [cls.base.encoders[part] for part in cls.encoders]
+        needed = ("vae", *cls.encoders, *tokenizers, "scheduler")
+        lack = [f"the {part} folder" for part in needed if part not in parts]
         if lack or configs.missing:
             problems.append(f"{name} is not complete. Missing: {'; '.join([*lack, *configs.missing])}.")
-        unet, vae, text = parts["unet"], parts.get("vae", {}), parts.get("text_encoder", {})
+        unet, vae = parts["unet"], parts.get("vae", {})
         taken, made = unet.get("in_channels", 4), unet.get("out_channels", 4)
-        latent = vae.get("latent_channels", taken)
-        if taken != made:
+        noisy = taken - (made + 1 if cls.fills else 0)
+        latent = vae.get("latent_channels", noisy)
+        if noisy != made:
             what = EXTRA_CHANNELS.get(taken, "a model of another kind")
             problems.append(
                 f"{name} is {what} on {cls.title} (its UNet takes {taken} channels and gives {made}); this "
                 f"release trains text-to-image bases. Use the base that it was made from."
             )
-        elif latent != taken:
+        elif latent != noisy:
             problems.append(
                 f"The parts of {name} don't belong together: its VAE has {latent} latent channels and its "
-                f"UNet takes {taken}."
+                f"UNet takes {noisy}."
             )
         if unet.get("time_cond_proj_dim") is not None:
             problems.append(
@@ -278,22 +320,27 @@ class UNetFamily:
                 "trains ordinary bases. Train on the base that it was distilled from; the adapter works on "
                 "both."
             )
-        width, speaks = _width(unet), text.get("hidden_size")
-        if speaks is not None and width != speaks:
+        texts = {part: parts[part] for part in cls.encoders if part in parts}
+        width = _width(unet)
+        speaks = [text["hidden_size"] for text in texts.values() if "hidden_size" in text]
+        if len(speaks) == len(cls.encoders) and width != sum(speaks):
+            plural = "s give" if len(speaks) > 1 else " gives"
             problems.append(
-                f"The parts of {name} don't belong together: its text encoder gives {speaks} numbers a "
-                f"token and its UNet's cross-attention takes {width}."
+                f"The parts of {name} don't belong together: its text encoder{plural} {' + '.join(map(str, speaks))} "
+                f"numbers a token and its UNet's cross-attention takes {width}."
             )
-        if text and text.get("_class_name", "CLIPTextModel") != "CLIPTextModel":
-            problems.append(
-                f"The text encoder of {name} is a {text['_class_name']}; {cls.title} has a CLIPTextModel."
-            )
+        for part, kind in cls.encoders.items():
+            is_a = texts.get(part, {}).get("_class_name", kind)
+            if is_a != kind:
+                problems.append(
+                    f"The {part.replace('_', ' ')} of {name} is a {is_a}; {cls.title} has a {kind}."
+                )
         return problems
 
     @classmethod
     def load(cls, source: Components, *, dtype: torch.dtype, device: torch.device) -> BaseModel:
         """See Family."""
-        return UNetBase(cls.name, source, dtype=dtype, device=device)
+        return cls.base(cls.adapters or cls.name, source, dtype=dtype, device=device)
 
     @classmethod
     def tiny(cls, seed: int = 0) -> BaseModel:

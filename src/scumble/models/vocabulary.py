@@ -40,6 +40,12 @@ class Vocabulary:
         """placeholder -> vectors, of those that are lent now."""
         return {name: count for name, count in self._lent if name}
 
+    @property
+    def end(self) -> int | None:
+        """The id that ends every prompt."""
+        found: int | None = self._words().eos_token_id
+        return found
+
     def check(self, placeholders: Mapping[str, int]) -> None:
         """Whether these could be added.
 

@@ -81,7 +81,7 @@ class Recipe:
     kl_weight: float = 1e-4
     unet_steps: int = 12_000
     place_steps: int = 3_300
-    """The last of `unet_steps`, in which half of every batch is almost all noise: there it is decided what goes where."""
+    """The last of `unet_steps`, in which half of every batch is almost all noise: what goes where is decided there."""
     unet_batch: int = 32
     unet_rate: float = 8e-4
     unet_decay: float = 0.28

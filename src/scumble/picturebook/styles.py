@@ -339,7 +339,7 @@ def neon(scheme: Plan, size: int) -> Image.Image:
     # The tubes behind take the colours of what they outline, made fully bright and then dimmed.
     colors = np.asarray(paint_backdrop(scheme.backdrop, work), dtype=np.float32)
     bright = colors * (255 / np.maximum(colors.max(axis=2, keepdims=True), 1))
-    tubes = Image.fromarray((bright * 0.48 + np.array(_DARK) * 0.52).round().astype(np.uint8))
+    tubes = Image.fromarray((bright * 0.25 + np.array(_DARK) * 0.75).round().astype(np.uint8))
     image.paste(tubes, (0, 0), _contours(scheme.backdrop, work, 0.013))
     glow = np.zeros((size, size, 3), dtype=np.float32)
     for placed in scheme.placed:
@@ -352,7 +352,7 @@ def neon(scheme: Plan, size: int) -> Image.Image:
         fill = (48, 48, 56) if black else mix(_DARK, color, 0.62)
         tints |= {"body": fill, "shade": mix(fill, _DARK, 0.22), "light": mix(fill, color, 0.5)}
         tints["edge"] = mix(fill, rim, 0.75)
-        paint_placed(pen, _recolored(placed, tints), work, outline=rim, boldness=1.15)
+        paint_placed(pen, _recolored(placed, tints), work, outline=rim, boldness=1.6)
         outlined = [part for part in placed.parts if part.rim]
         inside = mask(outlined, size)
         ring = ImageChops.subtract(mask(outlined, size, grow=0.022), inside)

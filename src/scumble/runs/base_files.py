@@ -28,6 +28,8 @@ class Spot:
     begin: int
     end: int
     shape: tuple[int, ...]
+    turned: bool = False
+    """The file holds it transposed."""
 
 
 class BaseFiles(Mapping[LayerPath, Tensor]):
@@ -84,7 +86,13 @@ class BaseFiles(Mapping[LayerPath, Tensor]):
         if spot.file not in self._files:
             self._files[spot.file] = LazyTensors(spot.file)
         whole = self._files[spot.file][spot.name]
-        return whole if tuple(whole.shape) == spot.shape else whole[spot.begin : spot.end]
+        return self.part(whole, spot)
+
+    @staticmethod
+    def part(whole: Tensor, spot: Spot) -> Tensor:
+        """The rows of a tensor of the file that are the weight; a view."""
+        rows = whole[spot.begin : spot.end] if whole.ndim else whole
+        return rows.T if spot.turned else rows
 
     def __getitem__(self, path: LayerPath) -> Tensor:
         return self.tensor(self.spots[path])
@@ -170,7 +178,8 @@ def _open_file(source: str, path: Path) -> BaseFiles:
     spots: dict[LayerPath, Spot] = {}
     other: dict[str, Spot] = {}
     for name, mark in layer_marks({key: tensors.shape(key) for key in tensors}, source).items():
-        _sort(name, Spot(path, mark.name, mark.begin, mark.end, mark.shape), spots, other)
+        spot = Spot(path, mark.name, mark.begin, mark.end, mark.shape, mark.turned)
+        _sort(name, spot, spots, other)
     return BaseFiles(source, path, spots, other)
 
 

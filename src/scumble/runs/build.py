@@ -24,7 +24,8 @@ from scumble.methods.text_encoder import TextEncoderSettings
 from scumble.models.configs import BaseFacts
 from scumble.models.family import BaseModel
 from scumble.models.loading import describe_base, load_base, load_tokenizers
-from scumble.models.precision import dtype_named
+from scumble.models.precision import dtype_called, dtype_named
+from scumble.models.probe import check_prediction
 from scumble.models.text import Words
 from scumble.rng import Streams
 from scumble.runs.arithmetic import batches_per_epoch, epochs_of, steps_for_epochs
@@ -43,9 +44,6 @@ Progress = Callable[[int, int, str], None]
 
 CACHE = ".cache"
 """Of a run's folder: what it makes before training. It stays when the run's results are removed."""
-
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-"""Bytes of a number in the final file."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +83,9 @@ def check_data(config: RunConfig, *, progress: Progress = no_progress) -> tuple[
         resolution=facts.resolution or 512,
         size_multiple=facts.size_multiple or 8,
         count_tokens=_token_counter(words),
+        cut_off=lambda caption: max(
+            (cut.lost for one in words for cut in one.truncated([caption])), default=""
+        ),
         seed=config.train.seed,
         progress=progress,
     )
@@ -118,6 +119,7 @@ def build(
         )
 
     base = load()
+    check_prediction(base)
     streams = Streams(config.train.seed)
     train, seed = config.train, config.train.seed
     method = METHODS.get(config.method)
@@ -162,7 +164,8 @@ def build(
             train=train,
             streams=streams,
             held_out=held_out,
-            settings=config.model_dump_json(),
+            # where a file lies does not decide what is in it
+            settings=config.model_dump_json(exclude={"output"}),
             options=options,
             data=data,
             open_batches=open_batches,
@@ -179,7 +182,7 @@ def refuse_dialect(config: RunConfig, plan: Plan) -> None:
     """Find out before training, not after, that the adapter can't be written as it was asked for.
 
     Raises:
-        ConfigError: `save.dialect` can't hold it; the text names those that can.
+        ConfigError: `save.dialect` or one of `save.also` can't hold it; the text names those that can.
         CannotRepresent: no dialect can.
     """
     from scumble.formats import CODECS
@@ -188,8 +191,10 @@ def refuse_dialect(config: RunConfig, plan: Plan) -> None:
     state, wanted = plan.export(), config.save.dialect
     if wanted is None:
         dialect_for(state)
-    elif CODECS.get(wanted)().obstacle(state) is not None:
-        raise ConfigError(f'save.dialect = "{wanted}": {cannot_represent(CODECS.get(wanted)(), state)}')
+    asked = [("dialect", wanted)] if wanted is not None else []
+    for key, name in (*asked, *(("also", name) for name in config.save.also)):
+        if CODECS.get(name)().obstacle(state) is not None:
+            raise ConfigError(f'save.{key} = "{name}": {cannot_represent(CODECS.get(name)(), state)}')
 
 
 def _previewer(config: RunConfig, base: BaseModel) -> Previewer | None:
@@ -222,7 +227,7 @@ def _facts(config: RunConfig, plan: Plan, loaders: Sequence[Loader], processes: 
     facts: dict[str, Any] = dict(plan.facts)
     parameters = facts.get("parameters")
     if isinstance(parameters, int):
-        facts["file bytes"] = BYTES[config.save.dtype] * parameters
+        facts["file bytes"] = dtype_called(config.save.dtype).itemsize * parameters
     facts |= {
         "trains": ", ".join(dict.fromkeys(each.name for phase in plan.phases for each in phase.trainables)),
         "pictures a step": train.batch * train.accumulate * processes,

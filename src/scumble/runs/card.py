@@ -58,6 +58,8 @@ class CardFacts:
     """alpha / rank, where the file says it in its header only, which ComfyUI does not read."""
     words: Sequence[str] = ()
     """New words that it brings."""
+    word_encoders: int = 1
+    """Text encoders that read each of them: diffusers' own loader takes one at a time."""
     word_files: Sequence[str] = ()
     """Files beside it that hold one new word each, for diffusers."""
     changes_layers: bool = True
@@ -226,7 +228,8 @@ def _on_disk(facts: CardFacts) -> str:
 
 
 def _snippet(facts: CardFacts) -> Iterator[str]:
-    if facts.changes_layers and not facts.diffusers_reads:
+    several = bool(facts.words) and facts.word_encoders > 1
+    if several or (facts.changes_layers and not facts.diffusers_reads):
         yield "import scumble"
         if "/" in facts.name:
             yield "from huggingface_hub import hf_hub_download"
@@ -246,11 +249,14 @@ def _snippet(facts: CardFacts) -> Iterator[str]:
         facts.name if "/" in facts.name else (str(facts.folder) if facts.folder else facts.name)
     )
     inside = f", subfolder={json.dumps(facts.subfolder)}" if facts.subfolder else ""
-    if facts.changes_layers and facts.diffusers_reads:
+    if several:
+        yield f"scumble.load_adapter(pipeline, {_on_disk(facts)})  # its words, in {facts.word_encoders} text encoders"
+    elif facts.changes_layers and facts.diffusers_reads:
         yield f"pipeline.load_lora_weights({target}{inside}, weight_name={json.dumps(facts.file)})"
     elif facts.changes_layers:
         yield f"scumble.load_adapter(pipeline, {_on_disk(facts)})  # diffusers' own loader does not read this kind"
-    for name in facts.word_files or ([facts.file] if facts.words and not facts.changes_layers else ()):
+    words = facts.word_files or ([facts.file] if facts.words and not facts.changes_layers else ())
+    for name in () if several else words:
         yield f"pipeline.load_textual_inversion({target}{inside}, weight_name={json.dumps(name)})"
     yield f"picture = pipeline({json.dumps(_prompt(facts), ensure_ascii=False)}).images[0]"
 

@@ -29,8 +29,8 @@ class PreviewSettings(Settings):
     """Seed of the first picture of each prompt."""
     steps: int = Field(25, ge=1)
     """Denoising steps a picture."""
-    guidance: float = Field(7.5, ge=0)
-    """Classifier-free guidance scale; 1 or less turns it off."""
+    guidance: float | None = Field(None, ge=0)
+    """Classifier-free guidance scale; 1 or less turns it off. Unset: the base's own, usually 7.5."""
 
 
 class SaveSettings(Settings):
@@ -41,14 +41,23 @@ class SaveSettings(Settings):
     those of kohya's tools. `scumble inspect` reads all dialects."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Numbers in the final file. fp16 and bf16 halve it; checkpoints are always fp32."""
+    also: tuple[str, ...] = ()
+    """Other dialects that the adapter is written in as well, each into a file of its own that bears the dialect's name,
+    e.g. "kohya": pytorch_lora_weights_kohya.safetensors."""
 
-    @field_validator("dialect")
+    @field_validator("dialect", "also")
     @classmethod
-    def _known(cls, value: str | None) -> str | None:
-        from scumble.formats.codec import written
+    def _known(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        from scumble.formats.codec import CODECS, written
 
-        if value is not None and value not in written():
-            raise ValueError(str(UnknownName("dialect", value, written())))
+        for name in (value,) if isinstance(value, str) else value or ():
+            if name not in written():
+                raise ValueError(str(UnknownName("dialect", name, written())))
+        if isinstance(value, str) and getattr(CODECS.get(value), "file_name", None) is not None:
+            raise ValueError(
+                f"an adapter in {value} is a folder of files, and a run's own is one file, which previews, drawing and "
+                f'uploads read. Write it besides: also = ["{value}"]'
+            )
         return value
 
 

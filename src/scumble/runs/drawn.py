@@ -43,7 +43,7 @@ class Artist:
         folder: Path | None = None,
         seed: int = 0,
         steps: int = 25,
-        guidance: float = 7.5,
+        guidance: float | None = None,
         side: int | None = None,
         batch: int = 4,
     ) -> Path:
@@ -54,6 +54,7 @@ class Artist:
             ModelError: the base can't draw that size, or draws black.
         """
         side = side or self._base.resolution
+        guidance = self._base.usual_guidance if guidance is None else guidance
         request = Request(prompt=prompt, seed=seed, steps=steps, guidance=guidance, width=side, height=side)
         name = self._key(request)[:16]
         place = self._cache / f"class-{name}" if folder is None else folder
@@ -101,7 +102,7 @@ class Artist:
             self._base.fingerprint(),
             caches.image_encoder_fingerprint(self._base),
             caches.text_encoder_fingerprint(self._base),
-            request.model_dump(mode="json", exclude={"count"}),
+            request.model_dump(mode="json", exclude={"count", "image", "mask"}),
         )
 
 

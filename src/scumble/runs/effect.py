@@ -38,10 +38,12 @@ def measure_effect(base: BaseModel, state: AdapterState) -> Effect:
         AdapterError: the adapter does not fit the base.
     """
     prompts = [*PROMPTS, *(f"a photo of {word}" for word in state.tokens)]
-    text, prediction = _outputs(base, prompts)
+    with base.sparing():
+        text, prediction = _outputs(base, prompts)
     adapter = Adapter.load(base.roots, state, name="measured", vocabularies=base.vocabularies)
     try:
-        text_with, prediction_with = _outputs(base, prompts)
+        with base.sparing():
+            text_with, prediction_with = _outputs(base, prompts)
     finally:
         adapter.eject()
     return Effect(_moved(prediction_with, prediction), _moved(text_with, text))

@@ -47,7 +47,7 @@ def extract_from_base(
     )
     metadata = Metadata(
         base_name=str(base),
-        base_family=facts.family,
+        base_family=facts.adapters or facts.family,
         base_fingerprint=plain.fingerprint,
         prediction_type=facts.prediction,
     )

@@ -91,11 +91,19 @@ class RunFolder:
         """What TensorBoard is pointed at; its sink adds its own folder name."""
         return self.path / self.layout.tensorboard
 
+    @property
+    def others_of_adapter(self) -> str:
+        """A pattern for the adapter's files in other dialects."""
+        name = Path(self.layout.adapter)
+        return f"{name.stem}_*{name.suffix}"
+
     def published(self) -> list[str]:
         """What an upload takes, as patterns: everything but checkpoints and caches."""
         return [
             self.layout.adapter,
             f"{Path(self.layout.adapter).stem}/**",  # a dialect whose adapters are folders
+            self.others_of_adapter,
+            f"{Path(self.layout.adapter).stem}_*/**",
             WORDS,
             *(SETTINGS, CARD, EVENTS, REPORT, EVALUATION),
             *(f"{PREVIEWS}/**", f"{TENSORBOARD}/**"),
@@ -119,6 +127,7 @@ class RunFolder:
         own += [self.path / TENSORBOARD, self.path / "wandb", self.path / "wandb-run-id.txt"]
         own += [self.path / self.layout.tensorboard / TENSORBOARD] if self.layout.tensorboard else []
         own += self.path.glob(WORDS)
+        own += self.path.glob(f"{Path(self.layout.adapter).stem}_*")
         own += [folder for _, folder in self.layout.checkpoints(self.path)]
         own += state.unfinished(self.path)
         return [path for path in own if path.exists()]

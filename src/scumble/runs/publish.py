@@ -108,7 +108,7 @@ def _publish_file(
     license: str | None,
     how: dict[str, Any],
 ) -> str:
-    from scumble.formats.container import find
+    from scumble.formats.container import find, read_header
     from scumble.inference.find_base import find_base
 
     file = find(source)
@@ -119,14 +119,17 @@ def _publish_file(
     named = base or find_base(file)
     with tempfile.TemporaryDirectory(prefix="scumble-push-") as temporary:
         folder = Path(temporary)
-        shutil.copyfile(file, folder / file.name)
+        # in some dialects half of what is said
+        beside = [file.with_name(name) for name in read_header(file).beside]
+        for path in (file, *beside):
+            shutil.copyfile(path, folder / path.name)
         facts = file_facts(file, name, named)
         if prompts:  # drawing takes time: what the Hub could refuse is asked before
             hub.prepare(name, write_card(facts), private=how["private"], token=how["token"])
             facts = replace(facts, panels=_draw(named, file, prompts, folder / PICTURES))
         facts = replace(facts, license=license or facts.license, folder=folder)
         (folder / CARD).write_text(write_card(facts), encoding="utf-8")
-        files = [file.name, CARD, f"{PICTURES}/**"]
+        files = [file.name, *(path.name for path in beside), CARD, f"{PICTURES}/**"]
         options = [("--base", base), *(("--prompt", prompt) for prompt in prompts), ("--license", license)]
         more = [f"{flag} {shlex.quote(value)}" for flag, value in options if value]
         return hub.push(folder, name, files=files, source=source, more=more, **how)

@@ -11,17 +11,11 @@ import torch
 
 from scumble.adapters.mix import MixSettings, Part
 from scumble.adapters.state import AdapterState
-from scumble.errors import FormatError, UnknownName
+from scumble.errors import FormatError
 from scumble.formats.codec import Layers, Read, read, write
 from scumble.formats.inspection import digest_of
 from scumble.inference.find_base import locate
-
-DTYPES: Mapping[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
-"""What people call the dtypes of a file."""
+from scumble.models import precision
 
 RECORD = "scumble.made_from"
 """Header entry of a file that was made from others: JSON, newest work last."""
@@ -73,11 +67,7 @@ def dtype_called(name: str | None) -> torch.dtype | None:
     Raises:
         UnknownName: there is none called so.
     """
-    if name is None:
-        return None
-    if name not in DTYPES:
-        raise UnknownName("dtype", name, DTYPES)
-    return DTYPES[name]
+    return None if name is None else precision.dtype_called(name)
 
 
 def refuse_existing(out: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> None:

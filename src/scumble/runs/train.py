@@ -203,6 +203,8 @@ def _run(
     if main and adapter is not None:
         if complete:
             adapter = save_as(adapter, config)
+            for file in save_beside(adapter, config):
+                say(f"The same adapter in another dialect: {file}")
             for file in export_words(adapter):
                 say(f"The new word alone, for pipe.load_textual_inversion of diffusers: {file}")
         facts = card_facts(
@@ -270,11 +272,10 @@ def save_as(adapter: Path, config: RunConfig) -> Path:
     """
     if config.save.dialect is None and config.save.dtype == "fp32":
         return adapter
-    import torch
-
     from scumble.formats import read, write
+    from scumble.models.precision import dtype_called
 
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.save.dtype]
+    dtype = dtype_called(config.save.dtype)
     found = read(adapter)
     draft = adapter.parent / f".{adapter.stem}.draft"
     shutil.rmtree(draft, ignore_errors=True)
@@ -327,6 +328,34 @@ def export_words(adapter: Path) -> list[Path]:
         write(replace(alone, metadata=state.metadata), adapter.with_name(name), dialect="embedding")
         for name, alone in one_by_one(state.tokens).items()
     ]
+
+
+def save_beside(adapter: Path, config: RunConfig) -> tuple[Path, ...]:
+    """Write the finished adapter in the other dialects that were asked for, each beside it, read back and compared.
+
+    Raises:
+        CannotRepresent: a dialect can't hold this adapter.
+        TrainingError: the file that was written does not hold the adapter; it is taken away again.
+    """
+    if not config.save.also:
+        return ()
+    from scumble.formats import read, write
+    from scumble.models.precision import dtype_called
+
+    dtype = dtype_called(config.save.dtype)
+    found, files = read(adapter), []
+    for dialect in config.save.also:
+        path = adapter.with_name(f"{adapter.stem}_{dialect}{adapter.suffix}")
+        written = write(found.state, path, dialect=dialect, dtype=dtype)
+        problem = first_difference(found.state, read(written, list(found.state.layers)).state, dtype)
+        if problem:
+            written.unlink()
+            raise TrainingError(
+                f"{written.name}, written as {dialect} in {config.save.dtype} and read back, is not the adapter that "
+                f"was trained: {problem}. {adapter} is whole; please report this with that file."
+            )
+        files.append(written)
+    return tuple(files)
 
 
 def first_difference(trained: AdapterState, again: AdapterState, dtype: torch.dtype) -> str | None:
@@ -423,6 +452,7 @@ def said_by(file: Path) -> dict[str, Any]:
     return {
         "scale": scales.pop() if len(scales) == 1 and not in_tensors else 1.0,
         "words": tuple(found.state.tokens),
+        "word_encoders": max((len(token.vectors) for token in found.state.tokens.values()), default=1),
         "changes_layers": bool(found.state.layers),
         "diffusers_reads": getattr(CODECS.get(found.dialect), "diffusers_reads", True),
     }

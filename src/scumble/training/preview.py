@@ -100,17 +100,19 @@ def resting(roots: Mapping[str, nn.Module]) -> Iterator[None]:
 
     Adapters that come in meanwhile are not touched.
     """
-    kept = [
-        (module, dict(module.strengths))
+    dials = {
+        dial
         for root in roots.values()
         for module in root.modules()
         if isinstance(module, Adapted)
-    ]
-    for module, strengths in kept:
-        module.strengths.update(dict.fromkeys(strengths, 0.0))
+        for dial in module.dials.values()
+    }
+    kept = {dial: dial.value for dial in dials}
+    for dial in kept:
+        dial.value = 0.0
     try:
         with resting_tokens(roots):
             yield
     finally:
-        for module, strengths in kept:
-            module.strengths.update(strengths)
+        for dial, strength in kept.items():
+            dial.value = strength

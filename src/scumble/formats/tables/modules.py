@@ -48,6 +48,20 @@ ANY_UNET: tuple[str, ...] = (
 )
 """Every UNet of up to four levels with these blocks: both of the above, their toy sizes and their kin."""
 
+UNET_NORMS: tuple[str, ...] = (
+    "conv_norm_out",
+    "{down_blocks.{0,1,2,3}.attentions.{0,1},up_blocks.{0,1,2,3}.attentions.{0,1,2},mid_block.attentions.0}"
+    ".{norm,transformer_blocks.{0,1,2,3,4,5,6,7,8,9}.norm{1,2,3}}",
+    "{down_blocks.{0,1,2,3}.resnets.{0,1},up_blocks.{0,1,2,3}.resnets.{0,1,2},mid_block.resnets.{0,1}}.norm{1,2}",
+)
+"""The normalisations of every such UNet."""
+
+CLIP_NORMS: tuple[str, ...] = (
+    "text_model.encoder.layers.{0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,"
+    "29,30,31}.layer_norm{1,2}",
+    "text_model.final_layer_norm",
+)
+
 CLIP_TEXT: tuple[str, ...] = (
     "text_model.encoder.layers.{0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,"
     "29,30,31}.{self_attn.{q,k,v,out}_proj,mlp.fc{1,2}}",
@@ -57,3 +71,32 @@ CLIP_TEXT: tuple[str, ...] = (
 
 CLIP_DEPTHS: dict[str, int] = {"sd1": 12, "sd2": 23}
 """Base family -> layers of its text encoder."""
+
+FLUX_TRANSFORMER: tuple[str, ...] = (
+    "{x,context}_embedder",
+    "{norm_out.linear,proj_out}",
+    "time_text_embed.{timestep,guidance,text}_embedder.linear_{1,2}",
+    "transformer_blocks.{0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18}"
+    ".{norm1.linear,norm1_context.linear,attn.{to_{q,k,v,out.0},add_{q,k,v}_proj,to_add_out},"
+    "{ff,ff_context}.net.{0.proj,2}}",
+    "single_transformer_blocks.{0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31,"
+    "32,33,34,35,36,37}.{norm.linear,proj_mlp,proj_out,attn.to_{q,k,v}}",
+)
+"""Flux.1 dev (504 layers); schnell has no guidance_embedder."""
+
+_ANY_BLOCK = "{0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31,32,33,34,35,36,37}"
+
+ANY_TRANSFORMER: tuple[str, ...] = (
+    *FLUX_TRANSFORMER[:3],
+    "pos_embed.proj",
+    f"transformer_blocks.{_ANY_BLOCK}.{{norm1.linear,norm1_context.linear,{{ff,ff_context}}.net.{{0.proj,2}},"
+    "attn.{to_{q,k,v,out.0},add_{q,k,v}_proj,to_add_out},attn2.to_{q,k,v,out.0}}",
+    FLUX_TRANSFORMER[-1],
+)
+"""Every transformer of these blocks: Flux.1, SD 3 and 3.5."""
+
+T5_TEXT: tuple[str, ...] = (
+    "encoder.block.{0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23}"
+    ".layer.{0.SelfAttention.{q,k,v,o},1.DenseReluDense.{wi_0,wi_1,wo}}",
+)
+"""T5 v1.1 XXL's encoder: the last text encoder of Flux.1 and SD 3."""

@@ -1,0 +1,409 @@
+"""Flux.1: a transformer over packed latents, told by CLIP and T5; the dev model is told a guidance too.
+
+Sources: Black Forest Labs 2024, "FLUX.1"; Esser et al. 2024, "Scaling Rectified Flow Transformers"; the calls are those
+of diffusers' FluxPipeline, which tests/laws/test_base_models.py compares with.
+
+What the presets mean here (`adapters.targets`), of 19 double and 38 single blocks at full size:
+
+    attention       double: attn.{to_q,to_k,to_v,to_out.0}, the picture's, and attn.{add_q_proj,add_k_proj,add_v_proj,
+                    to_add_out}, the text's; single: attn.{to_q,to_k,to_v}, whose output layer is part of proj_out
+    attention+mlp   and double: ff and ff_context, each net.{0.proj,2}; single: proj_mlp and proj_out, which
+                    brings attention and feed-forward back together
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from scumble.adapters.layers import base_state
+from scumble.errors import ModelError
+from scumble.models.configs import BaseFacts, Configs
+from scumble.models.family import BaseModel, Components, Conditioning, Frame, fingerprint
+from scumble.models.latents import LatentSpace
+from scumble.models.precision import check_precision
+from scumble.models.prediction import Flow, prediction_from, prediction_type
+from scumble.models.text import Truncation, Words
+from scumble.models.tiny import tiny_clip, tiny_t5, tiny_t5_tokenizer, tiny_tokenizer
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+
+PATCH = 2
+"""Side of the square of latents that is one token of the picture."""
+
+READ = 512
+"""Tokens of a prompt that T5 reads, as FluxPipeline has it read them."""
+
+GUIDANCE = 1.0
+"""What a guidance-distilled denoiser (dev) is told while it trains: the picture as the text alone has it."""
+
+DRAWN = 3.5
+"""The guidance that dev is told to draw, unless told otherwise, as in FluxPipeline. Schnell draws without."""
+
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+"""The components that FluxPipeline is made of."""
+
+OTHERS = {
+    128: "a depth or canny control model (Flux.1 Depth, Canny)",
+    384: "an inpainting model (Flux.1 Fill)",
+}
+"""Channels of a packed token that the transformer takes, where they are not the VAE's -> what such a model is."""
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h/2 * w/2, 4C): every square of 2x2 latents is one token, row by row.
+
+    Raises:
+        ModelError: a side is odd.
+    """
+    count, channels, height, width = latents.shape
+    if height % PATCH or width % PATCH:
+        raise ModelError(
+            f"Flux packs latents by {PATCH}x{PATCH}, and these are {height}x{width}. Choose sides that are multiples "
+            "of the base's size_multiple."
+        )
+    squares = latents.reshape(count, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return squares.permute(0, 2, 4, 1, 3, 5).reshape(count, -1, channels * PATCH**2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack`, for latents of height x width."""
+    count, _, channels = tokens.shape
+    squares = tokens.reshape(count, height // PATCH, width // PATCH, channels // PATCH**2, PATCH, PATCH)
+    return squares.permute(0, 3, 1, 4, 2, 5).reshape(count, channels // PATCH**2, height, width)
+
+
+def places(height: int, width: int) -> Tensor:
+    """(h/2 * w/2, 3): where each token of latents of height x width is, as (0, row, column)."""
+    rows, columns = torch.arange(height // PATCH), torch.arange(width // PATCH)
+    grid = torch.cartesian_prod(rows, columns).float()
+    return torch.cat([torch.zeros(len(grid), 1), grid], dim=1)
+
+
+class FluxBase(BaseModel):
+    """A frozen transformer, VAE, CLIP and T5, as diffusers' FluxPipeline puts them together."""
+
+    def __init__(self, parts: Components, *, dtype: torch.dtype, device: torch.device) -> None:
+        """`parts` hold all of `PARTS`; modules are moved to `device` and frozen in place.
+
+        `dtype` is that of the transformer and both text encoders, but for T5's layers `wo`, which overflow in fp16 and
+        stay fp32 then. The VAE has it too, except that fp16 on a CPU is fp32 there.
+
+        Raises:
+            ModelError: a tokenizer knows more tokens than its text encoder.
+        """
+        self.family, self.name, self.notes = Flux.name, parts.name, parts.notes
+        self.device, self.dtype = torch.device(device), dtype
+        modules: Mapping[str, Any] = parts.modules
+        self.transformer, self.vae = modules["transformer"], modules["vae"]
+        self.text_encoder, self.text_encoder_2 = modules["text_encoder"], modules["text_encoder_2"]
+        self.scheduler: Any = parts.scheduler
+        vae_dtype = torch.float32 if dtype == torch.float16 and self.device.type == "cpu" else dtype
+        for module, its in (
+            (self.transformer, dtype),
+            (self.text_encoder, dtype),
+            (self.text_encoder_2, dtype),
+            (self.vae, vae_dtype),
+        ):
+            if (module.device, module.dtype) != (self.device, its):
+                nn.Module.to(module, self.device, its)  # diffusers' own `to` warns of fp32 modules
+            module.requires_grad_(False).eval()
+        if dtype == torch.float16:
+            for name, layer in self.text_encoder_2.named_modules():
+                if name.endswith(".wo"):
+                    nn.Module.to(layer, torch.float32)
+        self.roots = {
+            "transformer": self.transformer,
+            "text_encoder": self.text_encoder,
+            "text_encoder_2": self.text_encoder_2,
+        }
+        self.prediction = prediction_from(self.scheduler.config)
+        self.latents = LatentSpace(self.vae)
+        self.latent_factor, self.latent_channels = self.latents.factor, self.latents.channels
+        self.resolution, self.size_multiple = sizes(cast(Any, self.vae).config)
+        self.guided = bool(self.transformer.config.guidance_embeds)
+        self.usual_guidance = DRAWN if self.guided else 0.0
+        clip, t5 = parts.tokenizers["tokenizer"], parts.tokenizers["tokenizer_2"]
+        self.pooled_words = Words(clip, self.text_encoder.config.max_position_embeddings)
+        self.words = Words(t5, READ)
+        self.vocabularies = {
+            "text_encoder": self.pooled_words.vocabulary,
+            "text_encoder_2": self.words.vocabulary,
+        }
+        self._fingerprint = parts.fingerprint
+        for tokenizer, encoder, title in ((clip, self.text_encoder, "CLIP"), (t5, self.text_encoder_2, "T5")):
+            known, rows = len(tokenizer), encoder.config.vocab_size
+            if known > rows:
+                raise ModelError(
+                    f"The {title} tokenizer of {self.name} has {known} tokens and its text encoder {rows}: they don't "
+                    "belong together. Take both from one base."
+                )
+
+    @property
+    def teachable(self) -> tuple[str, ...]:
+        """CLIP alone: T5 is as large as the transformer, and FluxPipeline reads no adapter of it."""
+        return ("text_encoder",)
+
+    def encode_images(self, pixels: Tensor, rng: torch.Generator | None) -> Tensor:
+        """See BaseModel. Computed in the VAE's dtype, again in fp32 where that overflowed; the result is fp32."""
+        latents = self.latents.encode(pixels, rng)
+        self._say_if_widened()
+        return latents
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        pixels = self.latents.decode(latents)
+        self._say_if_widened()
+        return pixels
+
+    def _say_if_widened(self) -> None:
+        note = f"The VAE overflowed in {self.vae.dtype}: it computes in fp32 from there on."
+        if self.latents.widened and note not in self.notes:
+            self.notes = (*self.notes, note)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """See BaseModel: (B prompts) -> T5's tokens (B, 512, D) and CLIP's pooled embedding (B, P), in the text
+        encoders' dtype. T5 reads 512 tokens and CLIP 77; padding is not masked, as in the pipeline.
+
+        The graph is recorded only where a parameter of the text encoder requires a gradient.
+        """
+        self._check_compute()
+        read, _ = self.words.ids(prompts)
+        ids, _ = self.pooled_words.ids(prompts)
+        with self._graph_of(self.text_encoder_2):
+            tokens = self.text_encoder_2(read.to(self.device))[0]
+        with self._graph_of(self.text_encoder):
+            pooled = self.text_encoder(ids.to(self.device)).pooler_output
+        return Conditioning(tokens.to(self.text_encoder_2.dtype), pooled.to(self.text_encoder.dtype))
+
+    def _graph_of(self, encoder: nn.Module) -> torch.set_grad_enabled:
+        trains = any(parameter.requires_grad for parameter in encoder.parameters())
+        return torch.set_grad_enabled(trains and torch.is_grad_enabled())
+
+    def token_counts(self, prompts: Sequence[str]) -> tuple[list[int], int]:
+        """T5's: what CLIP reads of a prompt's beginning only sums it up."""
+        return self.words.counts(prompts), self.words.limit
+
+    def truncated(self, prompts: Sequence[str]) -> list[Truncation]:
+        """The prompts that don't fit T5, each with what is lost of it."""
+        return self.words.truncated(prompts)
+
+    def denoise(self, latents: Tensor, t: Tensor, conditioning: Conditioning, frame: Frame) -> Tensor:
+        """See BaseModel: (B, C, h, w), t (B,) in [0, 1] -> (B, C, h, w) fp32. The transformer is told no `frame`, and
+        dev a guidance: `conditioning.guidance`, else `GUIDANCE`."""
+        self._check_compute()
+        assert conditioning.pooled is not None
+        height, width = latents.shape[-2:]
+        guidance: Tensor | None = None
+        if self.guided:
+            told = conditioning.guidance
+            guidance = (torch.full((len(latents),), GUIDANCE) if told is None else told).to(
+                self.device, torch.float32
+            )
+        tokens = conditioning.tokens.to(self.device, self.dtype)
+        out: Tensor = self.transformer(
+            hidden_states=pack(latents.to(self.device, self.dtype)),
+            timestep=t.to(self.device),
+            guidance=guidance,
+            pooled_projections=conditioning.pooled.to(self.device, self.dtype),
+            encoder_hidden_states=tokens,
+            txt_ids=torch.zeros(tokens.shape[1], 3, device=self.device, dtype=self.dtype),
+            img_ids=places(height, width).to(self.device, self.dtype),
+            return_dict=False,
+        )[0]
+        return unpack(out, height, width).float()
+
+    def asked(
+        self, prompts: Sequence[str], negatives: Sequence[str] | None, guidance: float
+    ) -> Mapping[str, Any]:
+        """See BaseModel. `guidance` is what dev is told. A negative prompt is guided away from by that much instead, as
+        other families do, at twice the time; dev is then told `GUIDANCE`."""
+        if negatives is None or guidance <= 1:
+            return {"prompt": list(prompts), "guidance_scale": guidance}
+        return {
+            "prompt": list(prompts),
+            "negative_prompt": list(negatives),
+            "true_cfg_scale": guidance,
+            "guidance_scale": GUIDANCE,
+        }
+
+    def packed(self, latents: Tensor) -> Tensor:
+        return pack(latents)
+
+    def unpacked(self, latents: Tensor, width: int, height: int) -> Tensor:
+        return unpack(latents, height // self.latent_factor, width // self.latent_factor)
+
+    def _check_compute(self) -> None:
+        if self.dtype == torch.float16 and self.device.type == "cpu":
+            check_precision(self.dtype, self.device)
+
+    def pipeline(self) -> FluxPipeline:
+        """A FluxPipeline over these very modules, with a fresh copy of the base's own scheduler."""
+        from diffusers import FluxPipeline
+
+        return FluxPipeline(
+            transformer=self.transformer,
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            text_encoder_2=self.text_encoder_2,
+            tokenizer=self.pooled_words.tokenizer,
+            tokenizer_2=self.words.tokenizer,
+            scheduler=type(self.scheduler).from_config(self.scheduler.config),
+        )
+
+    def fingerprint(self) -> str:
+        """See BaseModel. Computed once."""
+        if not self._fingerprint:
+            self._fingerprint = fingerprint(base_state(self.transformer))
+        return self._fingerprint
+
+
+def sizes(vae: Mapping[str, Any]) -> tuple[int, int]:
+    """(default side in pixels, what sides must be multiples of), from the VAE's config: its own side, and a square of
+    latents."""
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    return int(vae.get("sample_size") or 128 * factor), PATCH * factor
+
+
+class Flux:
+    """Flux.1: dev, which is told a guidance, and schnell, which is not; at full size 1024 pixels."""
+
+    name: ClassVar[str] = "flux"
+    title: ClassVar[str] = "Flux.1"
+
+    @classmethod
+    def recognises(cls, configs: Configs) -> bool:
+        """By its transformer's class."""
+        return configs.parts.get("transformer", {}).get("_class_name") == "FluxTransformer2DModel"
+
+    @classmethod
+    def describe(cls, configs: Configs) -> BaseFacts:
+        """See Family."""
+        transformer, vae = configs.parts["transformer"], configs.parts.get("vae", {})
+        problems = list(cls._problems(configs))
+        kind = ""
+        try:
+            kind, _ = prediction_type(configs.parts.get("scheduler", {}))
+        except ModelError as error:
+            problems.append(f"{configs.name}: {error}")
+        if "scheduler" in configs.parts and kind not in ("", Flow.name):
+            problems.append(
+                f"The scheduler of {configs.name} says that it predicts {kind}; {cls.title} is trained by flow "
+                "matching. Take the scheduler folder of the base that it was made from."
+            )
+        known = bool(vae.get("block_out_channels"))
+        side, multiple = sizes(vae) if known else (None, None)
+        return BaseFacts(
+            name=configs.name,
+            family=cls.name,
+            title=cls.title,
+            prediction=Flow.name,
+            cross_attention_dim=transformer.get("joint_attention_dim", 4096),
+            resolution=side,
+            size_multiple=multiple,
+            latent_factor=2 ** (len(vae["block_out_channels"]) - 1) if known else None,
+            latent_channels=vae.get("latent_channels", 16),
+            parameters=configs.parameters,
+            weights_dtype=configs.weights_dtype,
+            guided=bool(transformer.get("guidance_embeds", False)),
+            # CLIP only sums a prompt up: what of it is read is what T5 reads
+            readers=("tokenizer_2",),
+            problems=tuple(problems),
+            notes=configs.notes,
+        )
+
+    @classmethod
+    def _problems(cls, configs: Configs) -> Sequence[str]:
+        name, parts = configs.name, configs.parts
+        problems = []
+        titles = {"text_encoder": " (CLIP)", "text_encoder_2": " (T5)"}
+        lack = [f"the {part} folder{titles.get(part, '')}" for part in PARTS if part not in parts]
+        if lack or configs.missing:
+            problems.append(f"{name} is not complete. Missing: {'; '.join([*lack, *configs.missing])}.")
+        transformer, vae = parts["transformer"], parts.get("vae", {})
+        clip, t5 = parts.get("text_encoder", {}), parts.get("text_encoder_2", {})
+        taken, latent = transformer.get("in_channels", 64), vae.get("latent_channels", 16)
+        if taken in OTHERS or configs.pipeline.startswith("FluxKontext"):
+            what = OTHERS.get(taken, "an editing model (Flux.1 Kontext)")
+            problems.append(
+                f"{name} is {what}, which is told a picture beside the text; this release trains text-to-image bases. "
+                "Use the base that it was made from."
+            )
+        elif taken != latent * PATCH**2:
+            problems.append(
+                f"The parts of {name} don't belong together: its VAE has {latent} latent channels, {latent * PATCH**2} "
+                f"for each square of {PATCH}x{PATCH}, and its transformer takes {taken}."
+            )
+        encoders = (
+            (clip, "CLIPTextModel", "hidden_size", "pooled_projection_dim", 768, "CLIP", "a prompt"),
+            (t5, "T5EncoderModel", "d_model", "joint_attention_dim", 4096, "T5", "a token"),
+        )
+        for encoder, kind, gives, takes, usual, title, each in encoders:
+            width, wanted = encoder.get(gives), transformer.get(takes, usual)
+            if width is not None and width != wanted:
+                problems.append(
+                    f"The parts of {name} don't belong together: its {title} gives {width} numbers {each} and its "
+                    f"transformer takes {wanted}."
+                )
+            if encoder and encoder.get("_class_name", kind) != kind:
+                problems.append(
+                    f"The text encoder of {name} is a {encoder['_class_name']}; {cls.title} has a {kind} there."
+                )
+        return problems
+
+    @classmethod
+    def load(cls, source: Components, *, dtype: torch.dtype, device: torch.device) -> BaseModel:
+        """See Family."""
+        return FluxBase(source, dtype=dtype, device=device)
+
+    @classmethod
+    def tiny(cls, seed: int = 0) -> BaseModel:
+        """The same classes in toy sizes, 16x16 pixels, on the CPU in fp32, guided as dev is."""
+        return cls.load(tiny_flux(seed), dtype=torch.float32, device=torch.device("cpu"))
+
+
+def tiny_flux(seed: int = 0, *, guided: bool = True) -> Components:
+    """Random parts in toy sizes, of dev or (`guided` False) of schnell. The global random state is left as it was."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+    from transformers import CLIPTextModel, T5EncoderModel
+
+    clip_words, t5_words = tiny_tokenizer(), tiny_t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = FluxTransformer2DModel(
+            in_channels=64,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=24,
+            guidance_embeds=guided,
+            axes_dims_rope=(4, 6, 6),
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=16,
+            sample_size=16,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        modules = {
+            "transformer": transformer,
+            "vae": vae,
+            "text_encoder": CLIPTextModel(tiny_clip(clip_words, 24, "quick_gelu")),
+            "text_encoder_2": T5EncoderModel(tiny_t5(t5_words, 32)),
+        }
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=3.0 if guided else 1.0, use_dynamic_shifting=guided, base_shift=0.5, max_shift=1.15
+    )
+    words = {"tokenizer": clip_words, "tokenizer_2": t5_words}
+    return Components(f"tiny-{Flux.name}", modules, words, scheduler)

@@ -1,0 +1,212 @@
+"""Needs: what a base is made of, and what it takes in memory to draw and to train, told without one of its weights.
+
+Every component is built on torch's meta device, where tensors have shapes and no numbers: parameters are counted, and
+one training step is played through to count what it keeps for the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from scumble.adapters import Adapter, LoraSettings
+from scumble.errors import ModelError
+from scumble.models import FAMILIES
+from scumble.models.configs import WEIGHTLESS, BaseFacts, Configs
+from scumble.models.family import BaseModel, Components, Frame
+
+RANK = 16
+"""Of the LoRA on the denoiser's attention that training is counted for."""
+
+TRAINED_BYTES = 4 * 4
+"""Of a trained number: itself, its gradient, and AdamW's two means, in fp32."""
+
+
+BLOCKS = 16
+"""What is recomputed at a time with gradient checkpointing is taken to be this part of the whole; denoisers have 16
+blocks and more."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component with weights."""
+
+    name: str
+    """"transformer" """
+    kind: str
+    """Its class in diffusers or transformers."""
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a base takes in memory, in bytes."""
+
+    parts: tuple[Part, ...]
+    """The denoiser first."""
+    dtype: torch.dtype
+    """What the weights are counted in."""
+    trained: int = 0
+    """Numbers that a LoRA of rank `RANK` on the denoiser's attention has."""
+    kept: Mapping[bool, int] = field(default_factory=dict)
+    """With gradient checkpointing or without -> what one training step keeps of one picture of the base's own size for
+    the backward pass. Empty where that can't be told."""
+
+    @property
+    def weights(self) -> int:
+        """Of all parts together."""
+        return sum(part.parameters for part in self.parts) * self.dtype.itemsize
+
+    @property
+    def denoiser(self) -> int:
+        """Of the denoiser alone: what must be there while it trains on cached latents and texts."""
+        return self.parts[0].parameters * self.dtype.itemsize
+
+    def drawing(self) -> int:
+        """At least: the weights of all parts."""
+        return self.weights
+
+    def training(self, *, checkpointing: bool) -> int | None:
+        """At least, for one picture at a time with everything loaded; None where that can't be told."""
+        kept = self.kept.get(checkpointing)
+        if kept is None:
+            return None
+        # recomputed in the backward pass, block by block: of `BLOCKS` one at a time
+        again = self.kept[False] // BLOCKS if checkpointing else 0
+        return self.weights + TRAINED_BYTES * self.trained + kept + again
+
+
+def needs_of(
+    configs: Configs,
+    facts: BaseFacts,
+    dtype: torch.dtype = torch.bfloat16,
+    tokenizers: Mapping[str, Any] | None = None,
+) -> Needs:
+    """The needs of a base that `facts` finds nothing wrong with.
+
+    `tokenizers` as its folder has them; without them what training keeps can't be told.
+
+    Raises:
+        ModelError: a component is of a class that isn't installed, or its config can't be built.
+    """
+    modules = {
+        name: _skeleton(name, config, configs.name)
+        for name, config in configs.parts.items()
+        if not name.startswith((*WEIGHTLESS, "tokenizer"))
+    }
+    order = sorted(modules, key=lambda name: (name not in ("unet", "transformer"), name))
+    parts = tuple(
+        Part(name, type(modules[name]).__name__, sum(p.numel() for p in modules[name].parameters()))
+        for name in order
+    )
+    found = Needs(parts, dtype)
+    if not tokenizers:
+        return found
+    base = _on_meta(configs, facts, modules, tokenizers, dtype)
+    return replace(found, trained=_trained(base), kept={on: kept_by(base, on) for on in (False, True)})
+
+
+def _skeleton(name: str, config: Mapping[str, Any], base: str) -> nn.Module:
+    """The module of a config, on the meta device."""
+    import diffusers
+    import transformers
+
+    kind = str(config["_class_name"])
+    cls: Any = getattr(diffusers, kind, None) or getattr(transformers, kind, None)
+    if cls is None:
+        raise ModelError(
+            f"{base} has a component of class {kind!r}, which is not installed. Upgrade diffusers."
+        )
+    entries = {key: value for key, value in config.items() if not key.startswith("_")}
+    try:
+        with torch.device("meta"):
+            module: nn.Module = (
+                cls.from_config(dict(config))
+                if issubclass(cls, diffusers.ModelMixin)
+                else cls(cls.config_class.from_dict(entries))
+            )
+    except (TypeError, ValueError, KeyError) as error:
+        raise ModelError(f"{base}: {name}/config.json describes no {kind}: {error}") from error
+    return module
+
+
+def _on_meta(
+    configs: Configs,
+    facts: BaseFacts,
+    modules: Mapping[str, nn.Module],
+    tokenizers: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> BaseModel:
+    import diffusers
+
+    scheduler = dict(configs.parts["scheduler"])
+    own = getattr(diffusers, str(scheduler["_class_name"])).from_config(scheduler)
+    for module in modules.values():
+        nn.Module.to(module, dtype)
+    parts = Components(configs.name, modules, tokenizers, own, options=configs.options)
+    return FAMILIES.get(facts.family).load(parts, dtype=dtype, device=torch.device("meta"))
+
+
+def _trained(base: BaseModel) -> int:
+    with Adapter.inject(base.roots, "attention", LoraSettings(rank=RANK)) as adapter:
+        return adapter.parameter_count
+
+
+def kept_by(base: BaseModel, checkpointing: bool) -> int:
+    """Bytes that autograd keeps in one training step on one picture: each storage once, and no weight. Attention is
+    counted as GPUs compute it, without the matrix of all pairs."""
+    set_attention = getattr(base, "set_attention", lambda kind: None)
+    set_attention("sdpa")
+    weights = {_storage(p) for root in base.roots.values() for p in root.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(_storage(tensor), tensor)  # held, so that no other is given its place
+        return tensor
+
+    side = base.resolution // base.latent_factor
+    latents = torch.zeros(1, base.latent_channels, side, side, device=base.device)
+    t = base.prediction.from_uniform(torch.full((1,), 0.5)).to(base.device)
+    frame = Frame.plain(1, base.resolution, base.resolution)
+    with torch.no_grad():
+        said = base.encode_prompts(["a picture"])
+    with Adapter.inject(base.roots, "attention", LoraSettings(rank=RANK)):
+        base.train_memory(checkpointing=checkpointing)
+        with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            base.denoise(latents, t, said, frame)
+        base.train_memory(checkpointing=False)
+        return sum(
+            tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights
+        )
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention that keeps what flash attention keeps (Dao et al., 2022), and computes nothing."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        told = kwargs or {}
+        if function is not nn.functional.scaled_dot_product_attention:
+            return function(*args, **told)
+        names = ("query", "key", "value")
+        found = [args[n] if n < len(args) else told[name] for n, name in enumerate(names)]
+        return _Fused.apply(*found)  # type: ignore[no-untyped-call]
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_zeros(*query.shape[:-1], value.shape[-1])
+        sums = query.new_zeros(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, sums)
+        return out
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)

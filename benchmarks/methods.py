@@ -28,7 +28,8 @@ from machine import machine
 
 from scumble import train
 from scumble.evaluation.bootstrap import estimate
-from scumble.evaluation.evaluate import EvaluationSettings, evaluate
+from scumble.evaluation.evaluate import evaluate
+from scumble.evaluation.result import EvaluationSettings
 from scumble.picturebook.creatures import CREATURES
 from scumble.picturebook.dataset import write_dataset
 

@@ -16,9 +16,6 @@ from scumble.errors import ConfigError, FormatError
 from scumble.evaluation.asks import Ask
 from scumble.evaluation.concept import Concept
 from scumble.evaluation.evaluate import (
-    Candidate,
-    EvaluationSettings,
-    Judged,
     evaluate,
     find_candidates,
     find_concept,
@@ -27,6 +24,7 @@ from scumble.evaluation.evaluate import (
 )
 from scumble.evaluation.eyes import Values
 from scumble.evaluation.measure import Scores
+from scumble.evaluation.result import Candidate, EvaluationSettings, Judged
 from scumble.models.tiny import save
 from scumble.runs.load import load
 from scumble.runs.toml import dump

@@ -90,7 +90,8 @@ def test_it_trains_is_proven_resumes_and_draws(world: Path, tmp_path: Path, meth
 
 @pytest.mark.slow
 def test_it_is_evaluated(world: Path, tmp_path: Path) -> None:
-    from scumble.evaluation.evaluate import EvaluationSettings, evaluate
+    from scumble.evaluation.evaluate import evaluate
+    from scumble.evaluation.result import EvaluationSettings
     from tests.evaluation.test_evaluate import BrightEye
 
     run = scumble.train(

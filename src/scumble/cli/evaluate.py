@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from scumble.evaluation.evaluate import Evaluation, Judged
+    from scumble.evaluation.result import Evaluation, Judged
 
 
 def evaluate(
@@ -54,8 +54,8 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure what an adapter learned, obeys, broke and copied."""
-    from scumble.evaluation.evaluate import EvaluationSettings
     from scumble.evaluation.evaluate import evaluate as run
+    from scumble.evaluation.result import EvaluationSettings
     from scumble.runs.train import progress
 
     settings = EvaluationSettings(

@@ -13,7 +13,7 @@ from scumble.training.sinks.look import BRUSH, CSS
 from scumble.training.sinks.page import Pictures
 
 if TYPE_CHECKING:
-    from scumble.evaluation.evaluate import Evaluation, Judged
+    from scumble.evaluation.result import Evaluation, Judged
 
 SHOWN = {SUBJECT: 16, CLASS: 8, UNRELATED: 8}
 """Pairs of pictures of each group on the page; all of them lie beside it."""

@@ -148,9 +148,9 @@ def is_idle(layer: LayerState) -> bool:
     if norm is None and not all(acting) and not _MAGNITUDES & layer.tensors.keys():
         # products of several tensors, where one that is 0 may make all of it 0: any base's weight will tell
         shape = weight_shape(layer)
-        return not any(acting) or (
-            bool(shape) and 0 not in shape and change_norm(layer, torch.ones(shape)) == 0
-        )
+        if shape is None or 0 in shape:
+            return not any(acting)
+        return change_norm(layer, torch.ones(shape)) == 0.0
     return norm == 0.0
 
 

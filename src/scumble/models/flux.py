@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from scumble.adapters.layers import base_state
 from scumble.errors import ModelError
 from scumble.models.configs import BaseFacts, Configs
-from scumble.models.family import BaseModel, Components, Conditioning, Frame, fingerprint
+from scumble.models.family import BaseModel, Components, Conditioning, Frame
+from scumble.models.latent_base import LatentBase
 from scumble.models.latents import LatentSpace
-from scumble.models.precision import check_precision
 from scumble.models.prediction import Flow, prediction_from, prediction_type
 from scumble.models.text import Truncation, Words
 from scumble.models.tiny import tiny_clip, tiny_t5, tiny_t5_tokenizer, tiny_tokenizer
@@ -84,7 +83,7 @@ def places(height: int, width: int) -> Tensor:
     return torch.cat([torch.zeros(len(grid), 1), grid], dim=1)
 
 
-class FluxBase(BaseModel):
+class FluxBase(LatentBase):
     """A frozen transformer, VAE, CLIP and T5, as diffusers' FluxPipeline puts them together."""
 
     def __init__(self, parts: Components, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -147,22 +146,6 @@ class FluxBase(BaseModel):
     def teachable(self) -> tuple[str, ...]:
         """CLIP alone: T5 is as large as the transformer, and FluxPipeline reads no adapter of it."""
         return ("text_encoder",)
-
-    def encode_images(self, pixels: Tensor, rng: torch.Generator | None) -> Tensor:
-        """See BaseModel. Computed in the VAE's dtype, again in fp32 where that overflowed; the result is fp32."""
-        latents = self.latents.encode(pixels, rng)
-        self._say_if_widened()
-        return latents
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        pixels = self.latents.decode(latents)
-        self._say_if_widened()
-        return pixels
-
-    def _say_if_widened(self) -> None:
-        note = f"The VAE overflowed in {self.vae.dtype}: it computes in fp32 from there on."
-        if self.latents.widened and note not in self.notes:
-            self.notes = (*self.notes, note)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """See BaseModel: (B prompts) -> T5's tokens (B, 512, D) and CLIP's pooled embedding (B, P), in the text
@@ -236,10 +219,6 @@ class FluxBase(BaseModel):
     def unpacked(self, latents: Tensor, width: int, height: int) -> Tensor:
         return unpack(latents, height // self.latent_factor, width // self.latent_factor)
 
-    def _check_compute(self) -> None:
-        if self.dtype == torch.float16 and self.device.type == "cpu":
-            check_precision(self.dtype, self.device)
-
     def pipeline(self) -> FluxPipeline:
         """A FluxPipeline over these very modules, with a fresh copy of the base's own scheduler."""
         from diffusers import FluxPipeline
@@ -253,12 +232,6 @@ class FluxBase(BaseModel):
             tokenizer_2=self.words.tokenizer,
             scheduler=type(self.scheduler).from_config(self.scheduler.config),
         )
-
-    def fingerprint(self) -> str:
-        """See BaseModel. Computed once."""
-        if not self._fingerprint:
-            self._fingerprint = fingerprint(base_state(self.transformer))
-        return self._fingerprint
 
 
 def sizes(vae: Mapping[str, Any]) -> tuple[int, int]:

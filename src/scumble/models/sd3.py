@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from scumble.adapters.layers import base_state, mark_unread
+from scumble.adapters.layers import mark_unread
 from scumble.errors import ModelError
 from scumble.models.configs import BaseFacts, Configs
-from scumble.models.family import BaseModel, Components, Conditioning, Frame, fingerprint
+from scumble.models.family import BaseModel, Components, Conditioning, Frame
+from scumble.models.latent_base import LatentBase
 from scumble.models.latents import LatentSpace
-from scumble.models.precision import check_precision
 from scumble.models.prediction import Flow, prediction_from, prediction_type
 from scumble.models.text import Truncation, Words
 from scumble.models.tiny import tiny_clip, tiny_t5, tiny_t5_tokenizer, tiny_tokenizer
@@ -54,7 +54,7 @@ CLIPS: Mapping[str, str] = {"text_encoder": "tokenizer", "text_encoder_2": "toke
 T5, T5_WORDS = "text_encoder_3", "tokenizer_3"
 
 
-class SD3Base(BaseModel):
+class SD3Base(LatentBase):
     """A frozen transformer, VAE, two CLIPs and perhaps T5, as diffusers' StableDiffusion3Pipeline puts them together.
 
     T5 is none of `roots`, and learns no words: the pipeline reads no adapter for it. From a folder it is loaded when a
@@ -167,22 +167,6 @@ class SD3Base(BaseModel):
                 "together. Take both from one base."
             )
 
-    def encode_images(self, pixels: Tensor, rng: torch.Generator | None) -> Tensor:
-        """See BaseModel. Computed in the VAE's dtype, again in fp32 where that overflowed; the result is fp32."""
-        latents = self.latents.encode(pixels, rng)
-        self._say_if_widened()
-        return latents
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        pixels = self.latents.decode(latents)
-        self._say_if_widened()
-        return pixels
-
-    def _say_if_widened(self) -> None:
-        note = f"The VAE overflowed in {self.vae.dtype}: it computes in fp32 from there on."
-        if self.latents.widened and note not in self.notes:
-            self.notes = (*self.notes, note)
-
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """See BaseModel: (B prompts) -> tokens (B, 77 + 256, D) and pooled (B, P1 + P2), in the text encoders' dtype.
         The CLIPs read 77 tokens, T5 256; padding is not masked, as in the pipeline.
@@ -241,10 +225,6 @@ class SD3Base(BaseModel):
         )[0]
         return out.float()
 
-    def _check_compute(self) -> None:
-        if self.dtype == torch.float16 and self.device.type == "cpu":
-            check_precision(self.dtype, self.device)
-
     def pipeline(self) -> StableDiffusion3Pipeline:
         """A StableDiffusion3Pipeline over these very modules, with a fresh copy of the base's own scheduler."""
         from diffusers import StableDiffusion3Pipeline
@@ -271,12 +251,6 @@ class SD3Base(BaseModel):
         # alone of diffusers' pipelines it doesn't spell a word of several vectors as its tokens
         pipeline._get_clip_prompt_embeds = spelled
         return pipeline
-
-    def fingerprint(self) -> str:
-        """See BaseModel. Computed once."""
-        if not self._fingerprint:
-            self._fingerprint = fingerprint(base_state(self.transformer))
-        return self._fingerprint
 
 
 def sizes(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:

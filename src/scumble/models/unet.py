@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from scumble.adapters.layers import base_state
 from scumble.errors import ModelError
 from scumble.models.attention import set_attention
 from scumble.models.configs import BaseFacts, Configs
-from scumble.models.family import BaseModel, Components, Conditioning, Frame, fingerprint
+from scumble.models.family import BaseModel, Components, Conditioning, Frame
+from scumble.models.latent_base import LatentBase
 from scumble.models.latents import LatentSpace
-from scumble.models.precision import check_precision
 from scumble.models.prediction import Flow, prediction_from, prediction_type
 from scumble.models.text import Truncation, Words
 from scumble.models.tiny import TinySizes, tiny_components
@@ -39,7 +38,7 @@ TOLD = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_
 """What the config of a UNet has that is told more than text."""
 
 
-class UNetBase(BaseModel):
+class UNetBase(LatentBase):
     """A frozen UNet, VAE and CLIP text encoder, as diffusers' StableDiffusionPipeline puts them together."""
 
     encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer"}
@@ -106,23 +105,6 @@ class UNetBase(BaseModel):
         """The first text encoder's tokenizer."""
         return self.words.tokenizer
 
-    def encode_images(self, pixels: Tensor, rng: torch.Generator | None) -> Tensor:
-        """See BaseModel. Computed in the VAE's dtype, again in fp32 where that overflowed; the result is
-        fp32."""
-        latents = self.latents.encode(pixels, rng)
-        self._say_if_widened()
-        return latents
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        pixels = self.latents.decode(latents)
-        self._say_if_widened()
-        return pixels
-
-    def _say_if_widened(self) -> None:
-        note = f"The VAE overflowed in {self.vae.dtype}: it computes in fp32 from there on."
-        if self.latents.widened and note not in self.notes:
-            self.notes = (*self.notes, note)
-
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """See BaseModel: (B prompts) -> tokens (B, 77, D) in the text encoder's dtype; longer prompts are
         truncated.
@@ -175,12 +157,6 @@ class UNetBase(BaseModel):
         """What the UNet is told beside the tokens. SD 1 and 2 are told nothing."""
         return None
 
-    def _check_compute(self) -> None:
-        if (
-            self.dtype == torch.float16 and self.device.type == "cpu"
-        ):  # not even under autocast: its norms want fp32
-            check_precision(self.dtype, self.device)
-
     def pipeline(self) -> StableDiffusionPipeline:
         """A StableDiffusionPipeline over these very modules, with a fresh copy of the base's own
         scheduler."""
@@ -197,12 +173,6 @@ class UNetBase(BaseModel):
             requires_safety_checker=False,
         )
         return pipeline
-
-    def fingerprint(self) -> str:
-        """See BaseModel. Computed once; of a base built by hand in bf16 it is that of the rounded weights."""
-        if not self._fingerprint:
-            self._fingerprint = fingerprint(base_state(self.unet))
-        return self._fingerprint
 
     def set_attention(self, kind: str) -> None:
         """How the UNet computes attention: "sdpa", "plain", or "auto", which chooses the faster (see `attention`)

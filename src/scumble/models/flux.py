@@ -23,8 +23,7 @@ from scumble.errors import ModelError
 from scumble.models.configs import BaseFacts, Configs
 from scumble.models.family import BaseModel, Components, Conditioning, Frame
 from scumble.models.latent_base import LatentBase
-from scumble.models.latents import LatentSpace
-from scumble.models.prediction import Flow, prediction_from, prediction_type
+from scumble.models.prediction import Flow, prediction_type
 from scumble.models.text import Truncation, Words
 from scumble.models.tiny import tiny_clip, tiny_t5, tiny_t5_tokenizer, tiny_tokenizer
 
@@ -95,34 +94,18 @@ class FluxBase(LatentBase):
         Raises:
             ModelError: a tokenizer knows more tokens than its text encoder.
         """
-        self.family, self.name, self.notes = Flux.name, parts.name, parts.notes
-        self.device, self.dtype = torch.device(device), dtype
+        self._open(parts, family=Flux.name, dtype=dtype, device=device)
         modules: Mapping[str, Any] = parts.modules
-        self.transformer, self.vae = modules["transformer"], modules["vae"]
+        self.transformer = modules["transformer"]
         self.text_encoder, self.text_encoder_2 = modules["text_encoder"], modules["text_encoder_2"]
-        self.scheduler: Any = parts.scheduler
-        vae_dtype = torch.float32 if dtype == torch.float16 and self.device.type == "cpu" else dtype
-        for module, its in (
-            (self.transformer, dtype),
-            (self.text_encoder, dtype),
-            (self.text_encoder_2, dtype),
-            (self.vae, vae_dtype),
-        ):
-            if (module.device, module.dtype) != (self.device, its):
-                nn.Module.to(module, self.device, its)  # diffusers' own `to` warns of fp32 modules
-            module.requires_grad_(False).eval()
-        if dtype == torch.float16:
-            for name, layer in self.text_encoder_2.named_modules():
-                if name.endswith(".wo"):
-                    nn.Module.to(layer, torch.float32)
+        for module in (self.transformer, self.text_encoder):
+            self._settle(module, dtype)
+        self._settle_t5(self.text_encoder_2)
         self.roots = {
             "transformer": self.transformer,
             "text_encoder": self.text_encoder,
             "text_encoder_2": self.text_encoder_2,
         }
-        self.prediction = prediction_from(self.scheduler.config)
-        self.latents = LatentSpace(self.vae)
-        self.latent_factor, self.latent_channels = self.latents.factor, self.latents.channels
         self.resolution, self.size_multiple = sizes(cast(Any, self.vae).config)
         self.guided = bool(self.transformer.config.guidance_embeds)
         self.usual_guidance = DRAWN if self.guided else 0.0
@@ -133,14 +116,8 @@ class FluxBase(LatentBase):
             "text_encoder": self.pooled_words.vocabulary,
             "text_encoder_2": self.words.vocabulary,
         }
-        self._fingerprint = parts.fingerprint
-        for tokenizer, encoder, title in ((clip, self.text_encoder, "CLIP"), (t5, self.text_encoder_2, "T5")):
-            known, rows = len(tokenizer), encoder.config.vocab_size
-            if known > rows:
-                raise ModelError(
-                    f"The {title} tokenizer of {self.name} has {known} tokens and its text encoder {rows}: they don't "
-                    "belong together. Take both from one base."
-                )
+        self._refuse_strangers("CLIP tokenizer", clip, self.text_encoder)
+        self._refuse_strangers("T5 tokenizer", t5, self.text_encoder_2)
 
     @property
     def teachable(self) -> tuple[str, ...]:

@@ -31,8 +31,7 @@ from scumble.errors import ModelError
 from scumble.models.configs import BaseFacts, Configs
 from scumble.models.family import BaseModel, Components, Conditioning, Frame
 from scumble.models.latent_base import LatentBase
-from scumble.models.latents import LatentSpace
-from scumble.models.prediction import Flow, prediction_from, prediction_type
+from scumble.models.prediction import Flow, prediction_type
 from scumble.models.text import Truncation, Words
 from scumble.models.tiny import tiny_clip, tiny_t5, tiny_t5_tokenizer, tiny_tokenizer
 
@@ -71,28 +70,20 @@ class SD3Base(LatentBase):
         Raises:
             ModelError: a tokenizer knows more tokens than its text encoder.
         """
-        self.family, self.name, self.notes = SD3.name, parts.name, parts.notes
-        self.device, self.dtype = torch.device(device), dtype
+        self._open(parts, family=SD3.name, dtype=dtype, device=device)
         self.transformer: Any = parts.modules["transformer"]
-        self.vae: Any = parts.modules["vae"]
         self.clips: dict[str, Any] = {root: parts.modules[root] for root in CLIPS}
         self._t5: Any = parts.modules.get(T5)
         self._t5_later = parts.deferred.get(T5)
         self._t5_mark = ""
         self._spared = False
-        self.scheduler: Any = parts.scheduler
-        vae_dtype = torch.float32 if dtype == torch.float16 and self.device.type == "cpu" else dtype
-        self._settle(self.vae, vae_dtype)
         for module in (self.transformer, *self.clips.values()):
             self._settle(module, dtype)
         # the text of the last block is not carried on: its queries are asked, and their answers dropped
         transformer, vae = cast(Any, self.transformer), cast(Any, self.vae)
         mark_unread(transformer.transformer_blocks[-1].attn.add_q_proj)
         self.roots = {"transformer": self.transformer, **self.clips}
-        self.prediction = prediction_from(self.scheduler.config)
         self.usual_guidance = GUIDANCE
-        self.latents = LatentSpace(self.vae)
-        self.latent_factor, self.latent_channels = self.latents.factor, self.latents.channels
         self.resolution, self.size_multiple = sizes(transformer.config, vae.config)
         self.readings = {
             root: Words(parts.tokenizers[words], self.clips[root].config.max_position_embeddings)
@@ -103,33 +94,22 @@ class SD3Base(LatentBase):
         self.t5_reading = Words(parts.tokenizers[T5_WORDS], READ) if has_t5 else None
         """How T5 reads a prompt; None where the base has none."""
         self.vocabularies = {root: words.vocabulary for root, words in self.readings.items()}
-        self._fingerprint = parts.fingerprint
         for root, words in CLIPS.items():
             self._refuse_strangers(words, parts.tokenizers[words], self.clips[root])
         if self._t5 is not None:
-            self._settle_t5()
+            self._take_t5()
 
-    def _settle(self, module: nn.Module, dtype: torch.dtype) -> None:
-        module_: Any = module
-        if (module_.device, module_.dtype) != (self.device, dtype):
-            nn.Module.to(module, self.device, dtype)  # diffusers' own `to` warns of fp32 modules
-        module.requires_grad_(False).eval()
-
-    def _settle_t5(self) -> None:
+    def _take_t5(self) -> None:
         assert self.t5_reading is not None
         self._refuse_strangers(T5_WORDS, self.t5_reading.tokenizer, self._t5)
-        self._settle(self._t5, self.dtype)
-        if self.dtype == torch.float16:
-            for name, layer in self._t5.named_modules():
-                if name.endswith(".wo"):
-                    nn.Module.to(layer, torch.float32)
+        self._settle_t5(self._t5)
 
     @property
     def t5(self) -> Any:
         """T5, loaded when it is first asked for; None where the base has none."""
         if self._t5 is None and self._t5_later is not None:
             self._t5, said = self._t5_later.load()
-            self._settle_t5()
+            self._take_t5()
             self.notes = (*self.notes, *(note for note in said if note not in self.notes))
         return self._t5
 
@@ -158,14 +138,6 @@ class SD3Base(LatentBase):
             yield
         finally:
             self._spared = before
-
-    def _refuse_strangers(self, words: str, tokenizer: Any, encoder: Any) -> None:
-        known, rows = len(tokenizer), encoder.config.vocab_size
-        if known > rows:
-            raise ModelError(
-                f"The {words} of {self.name} has {known} tokens and its text encoder {rows}: they don't belong "
-                "together. Take both from one base."
-            )
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """See BaseModel: (B prompts) -> tokens (B, 77 + 256, D) and pooled (B, P1 + P2), in the text encoders' dtype.

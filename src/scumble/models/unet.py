@@ -11,15 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scumble.errors import ModelError
 from scumble.models.attention import set_attention
 from scumble.models.configs import BaseFacts, Configs
 from scumble.models.family import BaseModel, Components, Conditioning, Frame
 from scumble.models.latent_base import LatentBase
-from scumble.models.latents import LatentSpace
-from scumble.models.prediction import Flow, prediction_from, prediction_type
+from scumble.models.prediction import Flow, prediction_type
 from scumble.models.text import Truncation, Words
 from scumble.models.tiny import TinySizes, tiny_components
 
@@ -55,25 +54,13 @@ class UNetBase(LatentBase):
         Raises:
             ModelError: a tokenizer knows more tokens than its text encoder, or the schedule can't be built.
         """
-        self.family, self.name, self.notes = family, parts.name, parts.notes
-        self.device, self.dtype = torch.device(device), dtype
+        self._open(parts, family=family, dtype=dtype, device=device)
         self.unet: Any = parts.modules["unet"]
-        self.vae: Any = parts.modules["vae"]
         self.text_encoders: dict[str, Any] = {root: parts.modules[root] for root in self.encoders}
-        self.scheduler: Any = parts.scheduler
-        vae_dtype = torch.float32 if dtype == torch.float16 and self.device.type == "cpu" else dtype
-        everyone = [(module, dtype) for module in (self.unet, *self.text_encoders.values())]
-        for module, its in (*everyone, (self.vae, vae_dtype)):
-            if (module.device, module.dtype) != (self.device, its):
-                nn.Module.to(
-                    module, self.device, its
-                )  # diffusers' own `to` warns of fp32 modules that are not there
-            module.requires_grad_(False).eval()
+        for module in (self.unet, *self.text_encoders.values()):
+            self._settle(module, dtype)
         set_attention(self.unet, "auto")
         self.roots = {"unet": self.unet, **self.text_encoders}
-        self.prediction = prediction_from(self.scheduler.config)
-        self.latents = LatentSpace(self.vae)
-        self.latent_factor, self.latent_channels = self.latents.factor, self.latents.channels
         unet_config, vae_config = (cast(Any, module).config for module in (self.unet, self.vae))
         self.resolution, self.size_multiple = sizes(unet_config, vae_config)
         self.readings: dict[str, Words] = {}
@@ -81,14 +68,8 @@ class UNetBase(LatentBase):
         for root, name in self.encoders.items():
             tokenizer, config = parts.tokenizers[name], self.text_encoders[root].config
             self.readings[root] = Words(tokenizer, config.max_position_embeddings)
-            known, rows = len(tokenizer), config.vocab_size
-            if known > rows:
-                raise ModelError(
-                    f"The {name} of {self.name} has {known} tokens and its {root.replace('_', ' ')} {rows}: they "
-                    f"don't belong together. Take both from one base."
-                )
+            self._refuse_strangers(name, tokenizer, self.text_encoders[root], root.replace("_", " "))
         self.vocabularies = {root: words.vocabulary for root, words in self.readings.items()}
-        self._fingerprint = parts.fingerprint
 
     @property
     def text_encoder(self) -> Any:

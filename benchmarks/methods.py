@@ -1,12 +1,15 @@
 """Which method teaches a subject best? Subjects x methods x seeds at equal optimizer steps, measured by `evaluate`.
 
     python benchmarks/methods.py                                         # one small row of each method
-    python benchmarks/methods.py --subjects 5 --seeds 3 --steps 400      # the whole table; hours on a CPU
+    python benchmarks/methods.py --subjects 5 --seeds 3 --steps 320      # the whole table; hours on a CPU
     ... --shard 0/2 & ... --shard 1/2      # with OMP_NUM_THREADS=1: two processes fill one table on two cores
 
 Every subject is taught from its five pictures on the embedded base. All methods are told the same: the pictures, and
-captions that say what each shows and call the subject "zorbik creature"; where a word is learned, it is "zorbik". Each
-row is written to `benchmarks/results/methods.json` as soon as it is measured, and a row that is there is not done
+captions that say what each shows and call the subject "zorbik creature"; where a word is learned, it is "zorbik". All
+adapters have one form, one optimizer and one way to choose noise levels (`ADAPTER`, `TRAIN`), found on the first
+subject; the class whose look is to be kept is "cat", where words also begin. Seconds are those of one core's work, so
+that two processes beside each other measure as one alone. Each row is written to `benchmarks/results/methods.json` as
+soon as it is measured, and a row that is there is not done
 again; the table goes to `benchmarks/results/methods.md`.
 """
 
@@ -44,6 +47,15 @@ METHODS = (
     "pivotal",
     "pivotal, joint",
 )
+ADAPTER = {"rank": 16, "dropout": 0.2, "targets": "attention+conv"}
+TRAIN = {
+    "batch": 4,
+    "checkpoint_every": 0,
+    "optimizer": {"learning_rate": 3e-3},
+    "objective": {"timesteps": {"distribution": "logit-normal", "mean": 0.2, "spread": 0.8}},
+}
+CLASS = "cat"
+"""What the base knows that comes nearest to an invented creature; it has never heard of creatures."""
 COLUMNS = {
     "learned": "learned",
     "obeys": "obeys",
@@ -51,15 +63,14 @@ COLUMNS = {
     "overall": "overall",
     "drift": "drift (levels)",
     "copies": "copies",
-    "seconds": "seconds",
+    "seconds": "seconds of one core",
     "kilobytes": "file (kB)",
 }
 
 
 def settings_of(method: str, subject: str, steps: int) -> dict[str, Any]:
     """The run's settings beside data, output and seed."""
-    noun = CREATURES[subject].noun
-    word = {"placeholders": subject, "initial": "cat", "vectors": 4, "learns": "captions"}
+    word = {"placeholders": subject, "initial": CLASS, "vectors": 4, "learns": "captions"}
     own: dict[str, dict[str, Any]] = {
         "textual-inversion": {
             "method": "textual-inversion",
@@ -73,11 +84,11 @@ def settings_of(method: str, subject: str, steps: int) -> dict[str, Any]:
         },
         "dreambooth, + prior images": {
             "method": "dreambooth",
-            "dreambooth": {"prior": "images", "class_prompt": f"a {noun}", "class_count": 24},
+            "dreambooth": {"prior": "images", "class_prompt": f"a {CLASS}", "class_count": 24},
         },
         "dreambooth, + prior prediction": {
             "method": "dreambooth",
-            "dreambooth": {"prior": "prediction", "class_prompt": f"a {noun}"},
+            "dreambooth": {"prior": "prediction", "class_prompt": f"a {CLASS}"},
         },
         "pivotal": {
             "method": "pivotal",
@@ -100,14 +111,12 @@ def settings_of(method: str, subject: str, steps: int) -> dict[str, Any]:
     chosen = own[method]
     common = {
         "steps": steps,
-        "batch": 4,
-        "checkpoint_every": 0,
-        "optimizer": {"learning_rate": 1e-3},
+        **TRAIN,
         "schedule": {"name": "cosine", "warmup_steps": min(20, steps // 10)},
     }
     found = {"base": "picturebook", **chosen, "train": common | chosen.get("train", {})}
     if chosen["method"] != "textual-inversion":
-        found["adapter"] = {"rank": 8, "targets": "attention+mlp"}
+        found["adapter"] = ADAPTER
     return found
 
 
@@ -117,7 +126,7 @@ def row_of(method: str, subject: str, seed: int, arguments: argparse.Namespace, 
     shutil.rmtree(folder, ignore_errors=True)
     write_dataset(subject, folder / "pictures")
     settings = settings_of(method, subject, arguments.steps)
-    begun = time.perf_counter()
+    begun = time.process_time()
     result = train(
         **settings,
         data={"images": str(folder / "pictures")},
@@ -125,7 +134,7 @@ def row_of(method: str, subject: str, seed: int, arguments: argparse.Namespace, 
         train__seed=seed,
         quiet=True,
     )
-    seconds = time.perf_counter() - begun
+    seconds = time.process_time() - begun
     assert result.adapter is not None
     found = evaluate(
         folder / "run",
@@ -196,7 +205,7 @@ def main() -> None:
     parser.add_argument(
         "--unrelated", type=int, default=12, help="unrelated prompts; the product's own is 50"
     )
-    parser.add_argument("--denoising-steps", type=int, default=25)
+    parser.add_argument("--denoising-steps", type=int, default=15)
     parser.add_argument("--shard", default="0/1", help="K/N: every N-th row, from the K-th, in this process")
     parser.add_argument("--out", type=Path, default=None, help="keep runs and pages here")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "methods.json")

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scumble.methods.method import METHODS
 from scumble.runs.config import RunConfig
 from scumble.runs.load import assemble, load, read
 from scumble.runs.toml import dump, key, template, value
@@ -43,6 +44,26 @@ def test_a_resolved_config_reads_back_equal(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(dump(config), encoding="utf-8")
     assert load(file) == config
+
+
+SMALLEST: dict[str, dict[str, object]] = {
+    "text-to-image": {},
+    "dreambooth": {},
+    "textual-inversion": {"placeholders": "zorbik"},
+    "pivotal": {"placeholders": "zorbik", "inversion_steps": 1},
+    "slider": {"positive": "a big fox", "negative": "a small fox", "neutral": "a fox"},
+}
+"""Method -> what it can't do without."""
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_methods_resolved_config_reads_back_equal(method: str, tmp_path: Path) -> None:
+    own = {method.replace("-", "_"): SMALLEST[method]} if SMALLEST[method] else {}
+    data = {"data": {"images": "pictures"}} if METHODS.get(method).needs_pictures else {}
+    config = load(base="some/base", output="runs/x", method=method, train={"steps": 2}, **own, **data)
+    file = tmp_path / "run.toml"
+    file.write_text(dump(config), encoding="utf-8")
+    assert load(file) == config, "a run resumes from what it wrote"
 
 
 def test_the_template_says_every_setting_and_its_default(tmp_path: Path) -> None:

@@ -365,27 +365,27 @@ def _draw(
 ) -> tuple[dict[str, Group], dict[str, list[Path]]]:
     from scumble.inference.request import AdapterUse, Request
 
-    drawn: dict[str, Group] = {}
-    files: dict[str, list[Path]] = {}
-    for group, (asks, seeds) in groups.items():
-        pictures: list[Image.Image] = []
-        paths: list[Path] = []
-        for ask in asks:
-            request = Request(
-                prompt=ask.prompt,
-                count=len(seeds),
-                seed=seeds[0],
-                steps=settings.steps,
-                guidance=settings.guidance,
-                adapters=(AdapterUse(path=candidate.file),) if candidate else (),
-            )
-            for drawing in session.generate(request):
-                path = Path(PICTURES) / f"{name}-{group}-{len(paths):03d}.png"
-                drawing.save(folder / path)
-                pictures.append(drawing.image)
-                paths.append(path)
-                tell.one(f"{candidate.label if candidate else 'base'}: {group}")
-        drawn[group], files[group] = Group(asks, seeds, pictures), paths
+    uses = (AdapterUse(path=candidate.file),) if candidate else ()
+    wanted = [
+        (group, Request(
+            prompt=ask.prompt, seed=seed, steps=settings.steps, guidance=settings.guidance, adapters=uses
+        ))
+        for group, (asks, seeds) in groups.items()
+        for ask in asks
+        for seed in seeds
+    ]  # fmt: skip
+    pictures: dict[str, list[Image.Image]] = {group: [] for group in groups}
+    files: dict[str, list[Path]] = {group: [] for group in groups}
+    for first in range(0, len(wanted), session.batch_size):
+        batch = wanted[first : first + session.batch_size]
+        drawings = session.generate([request for _, request in batch])
+        for (group, _), drawing in zip(batch, drawings, strict=True):
+            path = Path(PICTURES) / f"{name}-{group}-{len(files[group]):03d}.png"
+            drawing.save(folder / path)
+            pictures[group].append(drawing.image)
+            files[group].append(path)
+            tell.one(f"{candidate.label if candidate else 'base'}: {group}")
+    drawn = {group: Group(asks, seeds, pictures[group]) for group, (asks, seeds) in groups.items()}
     return drawn, files
 
 

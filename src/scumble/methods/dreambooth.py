@@ -77,8 +77,9 @@ class DreamBoothSettings(TextEncoderSettings):
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> DreamBoothSettings:
         if self.prior != "images":
-            idle = [name for name in _DRAWN if name in self.model_fields_set]
-            idle = [name for name in idle if getattr(self, name) is not None]
+            # run.toml writes every setting out, those that nobody touched too
+            usual = {name: type(self).model_fields[name].default for name in _DRAWN}
+            idle = [name for name in _DRAWN if getattr(self, name) != usual[name]]
             if idle:
                 raise ValueError(
                     f'{", ".join(idle)}: class pictures have no effect with prior = "{self.prior}". '

@@ -2,9 +2,11 @@
 
     python benchmarks/merging.py               # some minutes, 11 GB of disk; writes benchmarks/results/merging.json
     python benchmarks/merging.py --base toy    # the same on a toy, in seconds
+    python benchmarks/merging.py --layout file --base shallow --json benchmarks/results/merging_file.json
 
-The UNet (2.57 billion numbers, fp16, 5.1 GB) is written with random numbers in a folder of diffusers' layout, one
-tensor at a time, beside empty text encoders' configs; a rank-16 LoRA of every attention and feed-forward layer is
+The UNet (2.57 billion numbers, fp16, 5.1 GB; "shallow" has SDXL's widths and fewer transformer layers, 0.9 billion) is
+written with random numbers in a folder of diffusers' layout, or in a single file under the original code's names, one
+tensor at a time; a rank-16 LoRA of every attention and feed-forward layer is
 merged into it by the command in a process of its own, whose peak memory the system tells. The result is compared with
 W + s up down, computed in fp64, on some layers, and every other tensor must be there bit for bit.
 """
@@ -26,6 +28,7 @@ from machine import machine
 
 from scumble.adapters.state import AdapterState, LayerState, Metadata
 from scumble.formats import write
+from scumble.formats.flat_names import original_name
 from scumble.formats.stream import LazyTensors, write_streamed
 
 HERE = Path(__file__).parent
@@ -43,15 +46,15 @@ SDXL: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+SHALLOW = SDXL | {"transformer_layers_per_block": (1, 1, 2)}
 TOY = SDXL | {
     "sample_size": 8,
-    "block_out_channels": (32, 64, 64),
+    "block_out_channels": (64, 128, 128),
     "transformer_layers_per_block": (1, 1, 2),
-    "attention_head_dim": (2, 2, 2),
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 80,
-    "cross_attention_dim": 2048,
+    "attention_head_dim": (1, 2, 2),
 }
+BASES = {"sdxl": SDXL, "shallow": SHALLOW, "toy": TOY}
+WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 CHILD = """
 import json, resource, sys, time
 start = time.perf_counter(), time.process_time()
@@ -63,36 +66,46 @@ print(json.dumps(told), file=sys.stderr)
 """
 
 
-def write_base(folder: Path, sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """A base in diffusers' layout with random fp16 weights; the shapes of its UNet's tensors."""
+def in_file(name: str) -> str:
+    """What a single checkpoint calls a tensor of the UNet."""
+    module, _, kind = name.rpartition(".")
+    return f"model.diffusion_model.{original_name(module)}.{kind}"
+
+
+def write_base(base: Path, sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """A base with random fp16 weights, a folder or a single file; the shapes of its UNet's tensors under diffusers'
+    names."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(**sizes)
-    unet.save_config(folder / "unet")
-    (folder / "model_index.json").write_text(
-        json.dumps(
-            {
-                "_class_name": "StableDiffusionXLPipeline",
-                "_diffusers_version": "0.30.0",
-                "unet": ["diffusers", "UNet2DConditionModel"],
-            }
+    single = base.suffix == ".safetensors"
+    if not single:
+        unet.save_config(base / "unet")
+        (base / "model_index.json").write_text(
+            json.dumps(
+                {
+                    "_class_name": "StableDiffusionXLPipeline",
+                    "_diffusers_version": "0.30.0",
+                    "unet": ["diffusers", "UNet2DConditionModel"],
+                }
+            )
         )
-    )
     shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
     generator = torch.Generator().manual_seed(0)
     # a few millions of random numbers, again and again from another place: time does not depend on them
     pool = (0.02 * torch.randn(2**22 + 4099, generator=generator)).half()
 
+    entries = {in_file(name) if single else name: (torch.float16, shape) for name, shape in shapes.items()}
+
     def values(name: str) -> torch.Tensor:
-        count = torch.Size(shapes[name]).numel()
+        shape = entries[name][1]
+        count = torch.Size(shape).numel()
         start = int(torch.randint(4099, (1,), generator=generator))
         repeats = -(-count // 2**22)
-        return pool[start : start + 2**22].repeat(repeats)[:count].view(shapes[name])
+        return pool[start : start + 2**22].repeat(repeats)[:count].view(shape)
 
-    entries = {name: (torch.float16, shape) for name, shape in shapes.items()}
-    target = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    write_streamed(target, entries, values, {"format": "pt"})
+    write_streamed(base if single else base / WEIGHTS, entries, values, {"format": "pt"})
     return shapes
 
 
@@ -120,7 +133,8 @@ def check(base: Path, merged: Path, state: AdapterState, strength: float) -> dic
     """
     before, after = LazyTensors(base), LazyTensors(merged)
     assert list(before) == list(after)
-    changed = {f"{path.removeprefix('unet.')}.weight": layer for path, layer in state.layers.items()}
+    named = in_file if base.name != WEIGHTS.name else str
+    changed = {named(f"{path.removeprefix('unet.')}.weight"): layer for path, layer in state.layers.items()}
     worst, equal = 0.0, 0
     for name in before:
         if name not in changed:
@@ -144,7 +158,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--base", choices=("sdxl", "toy"), default="sdxl")
+    parser.add_argument("--base", choices=BASES, default="sdxl")
+    parser.add_argument("--layout", choices=("folder", "file"), default="folder")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument(
         "--folder", type=Path, help="where the files go, removed afterwards; default the system's"
@@ -152,9 +167,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=HERE / "results" / "merging.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="scumble-merging-", dir=options.folder) as name:
-        base, lora, out = Path(name) / "base", Path(name) / "lora.safetensors", Path(name) / "merged"
+        ending = ".safetensors" if options.layout == "file" else ""
+        base, out = Path(name) / f"base{ending}", Path(name) / f"merged{ending}"
+        lora = Path(name) / "lora.safetensors"
         start = time.perf_counter()
-        shapes = write_base(base, SDXL if options.base == "sdxl" else TOY)
+        shapes = write_base(base, BASES[options.base])
         print(f"wrote the base in {time.perf_counter() - start:.0f} s", flush=True)
         state = write_lora(lora, shapes, options.rank)
         arguments = [f"{lora}:0.8", "--into", str(base), "--out", str(out)]
@@ -162,16 +179,17 @@ def main() -> None:
         if done.returncode:
             raise SystemExit(done.stderr)
         told = json.loads(done.stderr.splitlines()[-1])
-        weights = Path("unet") / "diffusion_pytorch_model.safetensors"
+        before, after = (base, out) if ending else (base / WEIGHTS, out / WEIGHTS)
         report = {
             "base": options.base,
+            "layout": options.layout,
             "rank": options.rank,
-            "base bytes": (base / weights).stat().st_size,
+            "base bytes": before.stat().st_size,
             "lora bytes": lora.stat().st_size,
             **{key: round(value, 1) for key, value in told.items()},
             "peak GiB": round(told["peak bytes"] / 2**30, 2),
             "within 8 GiB": told["peak bytes"] < LIMIT,
-            **check(base / weights, out / weights, state, 0.8),
+            **check(before, after, state, 0.8),
             "machine": machine(),
         }
     options.json.parent.mkdir(exist_ok=True, parents=True)

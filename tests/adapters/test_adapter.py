@@ -5,6 +5,7 @@ import hashlib
 import random
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -169,6 +170,34 @@ def test_state_and_load(roots: Roots, run: Run, stir: Stir) -> None:
     )
     loaded.eject()
     assert all(p.requires_grad for p in Adapter.load(roots, state, trainable=True).parameters())
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_fresh_state_is_taken_where_it_lies_well(shift: int, roots: Roots, run: Run, stir: Stir) -> None:
+    with stir(Adapter.inject(roots, "attention", LoraSettings(rank=16))) as adapter:
+        y, state = run(), adapter.state()
+    count = sum(tensor.numel() for layer in state.layers.values() for tensor in layer.tensors.values())
+    memory, end = torch.empty(count + shift), shift  # as a file's tensors lie, or one number further
+
+    def laid(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal end
+        end += tensor.numel()
+        return memory[end - tensor.numel() : end].view(tensor.shape).copy_(tensor)
+
+    layers = {
+        path: replace(layer, tensors={name: laid(tensor) for name, tensor in layer.tensors.items()})
+        for path, layer in state.layers.items()
+    }
+    with Adapter.load(roots, AdapterState(layers), fresh=True) as loaded:
+        assert torch.equal(run(), y)
+        for path, delta in loaded.deltas.items():
+            for name, parameter in delta.named_parameters():
+                given = layers[path].tensors[name]
+                assert parameter.data_ptr() % 64 == 0
+                assert (parameter.data_ptr() == given.data_ptr()) == (given.data_ptr() % 64 == 0)
+    with Adapter.load(roots, AdapterState(layers)) as loaded:
+        memory.zero_()  # nobody's but the caller's
+        assert torch.equal(run(), y)
 
 
 def test_state_is_a_copy(roots: Roots, stir: Stir) -> None:

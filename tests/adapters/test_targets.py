@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from scumble.adapters import PRESETS, resolve
-from scumble.adapters.targets import matches, per_layer
+from scumble.adapters.targets import matches, named, per_layer
 from scumble.errors import AdapterError, NoLayerMatches
 
 PATH = "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q"
@@ -152,3 +152,17 @@ def test_a_pattern_that_fits_none_of_the_adapters_layers() -> None:
         per_layer({"to_v": 8}, 4, ["unet.a.xyz"], "rank_pattern")
     with pytest.raises(NoLayerMatches, match=r"alpha_pattern .*'to_q'. \"\*.to_q\" matches 2 layers"):
         per_layer({"to_q": 8.0}, 4.0, ["unet.a.to_q", "unet.b.to_q"], "alpha_pattern")
+
+
+@pytest.mark.parametrize(
+    ("targets", "roots"),
+    [
+        ("attention", []),
+        ("*.to_q", []),
+        ("text_encoder.attention", ["text_encoder"]),
+        (("attention", "text_encoder_2.*.q"), ["text_encoder_2"]),
+        ("text_*.attention", ["text_encoder", "text_encoder_2"]),
+    ],
+)
+def test_the_roots_that_targets_name(targets: str | tuple[str, ...], roots: list[str]) -> None:
+    assert named(targets, ("text_encoder", "text_encoder_2")) == roots

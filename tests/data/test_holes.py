@@ -165,16 +165,15 @@ def test_other_bases_are_shown_nothing(tmp_path: Path) -> None:
     assert all(batch.shown is None for batch in some(opened(FakeBase(), folder(tmp_path / "p")), 2))
 
 
+@pytest.mark.parametrize("family", ["sd1-inpainting", "sdxl-inpainting"])
 @pytest.mark.parametrize("method", ["text-to-image", "dreambooth"])
-def test_the_loss_sees_what_is_shown(method: str) -> None:
+def test_the_loss_sees_what_is_shown(method: str, family: str) -> None:
     """The gradient's loss is that of the formula, with the batch's own hole; the prior sees the same hole."""
     from scumble.training.settings import TrainSettings
     from tests.training.world import LatentBatches, make_plan
 
     options = {"prior": "prediction", "class_prompt": "a dog"} if method == "dreambooth" else None
-    plan, base = make_plan(
-        TrainSettings(batch=2, steps=1), family="sd1-inpainting", method=method, options=options
-    )
+    plan, base = make_plan(TrainSettings(batch=2, steps=1), family=family, method=method, options=options)
     batch = next(iter(plan.phases[0].batches.start(0)))
     assert batch.shown is not None and isinstance(plan.phases[0].batches, LatentBatches)
     asked: list[Tensor] = []

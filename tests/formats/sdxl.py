@@ -75,7 +75,7 @@ def tiny_sdxl(seed: int = 0) -> Any:
 
 
 def outputs(pipeline: Any) -> dict[str, torch.Tensor]:
-    """What the UNet and the text encoders give for fixed inputs: component -> output."""
+    """What the UNet and the text encoders give for fixed inputs: component -> output, in the pipeline's precision."""
     generator = torch.Generator().manual_seed(1)
     ids = pipeline.tokenizer(
         "a fox on a hill", padding="max_length", max_length=77, return_tensors="pt"
@@ -90,13 +90,13 @@ def outputs(pipeline: Any) -> dict[str, torch.Tensor]:
                 if hasattr(said, "text_embeds"):
                     found[name + " pooled"] = said.text_embeds
         unet = pipeline.unet
-        latents = torch.randn(1, 4, 8, 8, generator=generator)
-        text = torch.randn(1, 77, unet.config.cross_attention_dim, generator=generator)
+        latents = torch.randn(1, 4, 8, 8, generator=generator).to(unet.dtype)
+        text = torch.randn(1, 77, unet.config.cross_attention_dim, generator=generator).to(unet.dtype)
         added = None
         if unet.config.addition_embed_type:
             added = {
-                "text_embeds": torch.randn(1, WIDTH, generator=generator),
-                "time_ids": torch.tensor([[16.0, 16, 0, 0, 16, 16]]),
+                "text_embeds": torch.randn(1, WIDTH, generator=generator).to(unet.dtype),
+                "time_ids": torch.tensor([[16.0, 16, 0, 0, 16, 16]], dtype=unet.dtype),
             }
         found["unet"] = unet(latents, 300, text, added_cond_kwargs=added).sample
     return found

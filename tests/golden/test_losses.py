@@ -44,7 +44,10 @@ CASES: dict[str, dict[str, Any]] = {
         ),
     )
 }
-CASES["text-to-image-sd1-inpainting"] = {"family": "sd1-inpainting", "train": PLAIN}
+CASES |= {
+    f"text-to-image-{family}": {"family": family, "train": PLAIN}
+    for family in ("sd1-inpainting", "sdxl-inpainting")
+}
 PRIOR = {"class_prompt": "a dog", "prior_weight": 0.5}
 CASES |= {
     f"dreambooth-{name}": {"family": "sd1", "train": PLAIN, "method": "dreambooth", "options": options}
@@ -87,6 +90,11 @@ CASES |= {
         *("dreambooth-prior-images", "dreambooth-prior-prediction", "dreambooth-text-encoder"),
         *("textual-inversion", "pivotal", "pivotal-joint", "slider"),
     )
+}
+
+CASES |= {
+    f"{name}-sdxl-inpainting": {**CASES[name], "family": "sdxl-inpainting"}
+    for name in ("dreambooth-prior-prediction", "textual-inversion", "pivotal-joint", "slider")
 }
 
 FLOW = {

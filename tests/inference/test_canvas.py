@@ -52,7 +52,7 @@ def psnr(one: Image.Image, other: Image.Image) -> float:
     return math.inf if error == 0 else -10 * math.log10(error)
 
 
-@pytest.mark.parametrize("family", ["sd1-inpainting", "sd2-inpainting"])
+@pytest.mark.parametrize("family", ["sd1-inpainting", "sd2-inpainting", "sdxl-inpainting"])
 @pytest.mark.parametrize("size", [None, (16, 32)])
 def test_it_is_the_pipelines_picture(
     family: str, size: tuple[int, int] | None, files: dict[str, Path]
@@ -67,6 +67,7 @@ def test_it_is_the_pipelines_picture(
         image=Image.open(files["image"]),
         mask_image=Image.open(files["mask"]),
         num_inference_steps=3,
+        guidance_scale=7.5,
         width=width,
         height=height,
         generator=torch.Generator().manual_seed(5),
@@ -80,17 +81,22 @@ def test_it_is_the_pipelines_picture(
     assert pixels(theirs).std() > 0.01 and psnr(ours.image, kept.image) < 50
 
 
-def test_a_picture_does_not_depend_on_its_batch(files: dict[str, Path]) -> None:
-    with Session(tiny("sd1-inpainting"), batch_size=2) as session:
+BOTH = pytest.mark.parametrize("family", ["sd1-inpainting", "sdxl-inpainting"])
+
+
+@BOTH
+def test_a_picture_does_not_depend_on_its_batch(family: str, files: dict[str, Path]) -> None:
+    with Session(tiny(family), batch_size=2) as session:
         together = session.generate(request(files, seed=3, count=2))
         alone = session.generate(request(files, seed=4))[0]
     assert psnr(together[1].image, alone.image) >= 50
     assert psnr(together[0].image, alone.image) < 50
 
 
-def test_without_a_picture_all_of_it_is_painted() -> None:
+@BOTH
+def test_without_a_picture_all_of_it_is_painted(family: str) -> None:
     """Previews and class pictures of an inpainting base are asked for by a prompt alone."""
-    base = tiny("sd1-inpainting")
+    base = tiny(family)
     pipeline: Any = base.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
@@ -103,6 +109,19 @@ def test_without_a_picture_all_of_it_is_painted() -> None:
     with Session(base) as session:
         (ours,) = session.generate(Request(prompt="a fox", steps=3))
     assert ours.image.size == (16, 16) and psnr(ours.image, theirs) >= 50
+
+
+def test_a_step_that_the_pipeline_leaves_out_is_not_the_only_one(files: dict[str, Path]) -> None:
+    """SDXL's begins with the picture under almost nothing but noise, after the first step."""
+    told: list[tuple[int, int]] = []
+    with Session(tiny("sdxl-inpainting")) as session:
+        with pytest.raises(
+            ModelError, match=r"steps = 1 is too few for tiny-sdxl-inpainting .* Take 2 or more"
+        ):
+            session.generate(request(files, steps=1))
+        session.generate(request(files, steps=2), lambda *done: told.append(done))
+        assert session.generate(Request(prompt="a fox", steps=1))
+    assert told[-1] == (2, 2)
 
 
 WRONG: dict[str, tuple[dict[str, str | None], type[Exception], str]] = {

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from scumble.data.record import Batch
 from scumble.data.settings import DataSettings
 from scumble.errors import ConfigError
-from scumble.methods.dreambooth import DreamBoothSettings, class_data, dreambooth
+from scumble.methods.dreambooth import DreamBoothSettings, dreambooth
+from scumble.methods.prior import class_data
 from scumble.models import FAMILIES
 from scumble.models.family import BaseModel
 from scumble.models.text import Words

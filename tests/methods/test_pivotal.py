@@ -13,14 +13,18 @@ from pydantic import ValidationError
 
 from scumble.adapters import Adapter, base_state
 from scumble.adapters.layers import layers_of
+from scumble.data.settings import DataSettings
 from scumble.errors import ConfigError, NothingTrained
 from scumble.formats import read
 from scumble.methods.method import METHODS
 from scumble.methods.pivotal import Later, PivotalSettings, pivotal
+from scumble.methods.prior import PriorPrediction
 from scumble.models import FAMILIES
+from scumble.models.family import BaseModel
 from scumble.rng import Streams
 from scumble.training.events import StepDone
 from scumble.training.loop import train
+from scumble.training.objective import DenoisingObjective
 from scumble.training.plan import Plan
 from scumble.training.proofs import digest, digests
 from scumble.training.settings import TrainSettings
@@ -110,6 +114,65 @@ def test_the_text_encoder_may_come_to_rest() -> None:
         ("tuning", 2, ["text_encoder", "unet"]),
         ("tuning, text encoder at rest", 2, ["unet"]),
     ]
+
+
+def test_the_class_is_kept_while_the_adapter_is_tuned(tmp_path: Path) -> None:
+    plan, _ = words_plan(
+        "pivotal", SETTINGS, inversion_steps=2, prior="prediction", class_prompt="a dog", prior_weight=0.5
+    )
+    inversion, tuning = (phase.objective for phase in plan.phases)
+    assert type(inversion) is DenoisingObjective, "words alone can't change what the base says of others"
+    assert isinstance(tuning, PriorPrediction) and plan.facts["prior"] == "prediction"
+    batch = next(iter(plan.phases[1].batches.start(0)))
+    with torch.no_grad():
+        before = tuning(batch)
+        assert torch.equal(before, DenoisingObjective.measured(tuning, tuning.drawn(batch))), "still the base"
+        for parameter in plan.phases[1].trainables[0].parameters.values():
+            parameter += 0.1
+        alone = DenoisingObjective.measured(tuning, tuning.drawn(batch))
+        kept = (tuning(batch) - alone) / 0.5
+    assert (kept > 0).all(), "what moved the class counts"
+
+
+def test_class_pictures_join_the_tuning_alone() -> None:
+    class Dogs(WordBatches):
+        def __init__(self, base: BaseModel) -> None:
+            super().__init__(base, 2, 3, seed=5)
+            self.captions = ["a dog"] * 3
+
+    dogs: list[Dogs] = []
+
+    def open_batches(data: DataSettings, *, batch_size: int, text_embeddings: bool) -> Dogs:
+        assert (data.caption, batch_size, text_embeddings) == ("a dog", 2, False)
+        dogs.append(Dogs(FAMILIES.get("sd1").tiny(0)))
+        return dogs[-1]
+
+    plan, _ = words_plan(
+        "pivotal",
+        SETTINGS,
+        ingredients={
+            "data": DataSettings(images="pictures"),
+            "open_batches": open_batches,
+            "draw": lambda prompt, count, **_: Path("drawn"),
+        },
+        inversion_steps=2,
+        joint=True,
+        prior="images",
+        class_prompt="a dog",
+    )
+    first, second = (next(iter(phase.batches.start(0))) for phase in plan.phases)
+    assert "a dog" not in first.captions and plan.facts["class pictures"] == 3
+    assert second.captions[1::2] == ("a dog", "a dog") and "<fox>" in second.captions[0]
+    theirs = next(iter(Later(dogs[0], 2).start(0))).positions
+    assert second.positions[1::2] == tuple(2 * position + 1 for position in theirs), "and goes on as they do"
+
+
+def test_a_class_that_is_the_subject_is_refused() -> None:
+    options = PivotalSettings(
+        placeholders=("<fox>",), inversion_steps=2, prior="prediction", class_prompt="a <fox> dog"
+    )
+    (problem,) = [one for one in pivotal.check(options, None, []) if one.kind == "class prompt"]
+    assert "'<fox>'" in problem.text and problem.error
 
 
 def test_one_file_holds_both_and_acts_in_a_fresh_base(tmp_path: Path) -> None:

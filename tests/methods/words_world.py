@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from scumble.adapters.lora import LoraSettings
@@ -34,14 +35,15 @@ def words_plan(
     held_out: bool = False,
     targets: str | tuple[str, ...] = "attention",
     adapter: LoraSettings | None = None,
+    ingredients: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> tuple[Plan, BaseModel]:
-    """A plan of a method that teaches words, on a tiny base, and the base."""
+    """A plan of a method that teaches words, on a tiny base, and the base. `ingredients`: more of them."""
     base = FAMILIES.get(family).tiny(0)
     found = METHODS.get(method)
     strangers = WordBatches(base, 2, 4, seed=9, word=word)
     pictures: list[Batch] = [strangers.batch([0, 1]), strangers.batch([2, 3])] if held_out else []
-    ingredients = Ingredients(
+    given = Ingredients(
         base=base,
         fresh=lambda: FAMILIES.get(family).tiny(0),
         adapter=adapter or LoraSettings(rank=2),
@@ -51,5 +53,6 @@ def words_plan(
         streams=Streams(train.seed),
         held_out=pictures,
         options=found.settings.model_validate({"placeholders": (word,), **options}),
+        **(ingredients or {}),
     )
-    return found.plan(ingredients), base
+    return found.plan(given), base

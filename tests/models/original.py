@@ -117,16 +117,16 @@ def open_clip_keys(
 
 
 def parts(
-    linear: bool, rows: int = 520, seed: int = 0
+    linear: bool, rows: int = 520, seed: int = 0, channels: int = 4
 ) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
     """Small parts with the head counts that a single file can't say: 8 heads (SD 1), heads of 64 channels (SD
     2)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        channels = (64, 128) if linear else (32, 64)
         unet = UNet2DConditionModel(
             sample_size=64,
-            block_out_channels=channels,
+            in_channels=channels,
+            block_out_channels=(64, 128) if linear else (32, 64),
             layers_per_block=2,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -159,10 +159,15 @@ def parts(
 
 
 def write(
-    path: Path, linear: bool, metadata: dict[str, str] | None = None, drop: str = "", **more: Tensor
+    path: Path,
+    linear: bool,
+    metadata: dict[str, str] | None = None,
+    drop: str = "",
+    channels: int = 4,
+    **more: Tensor,
 ) -> Path:
     """A single-file checkpoint of small parts; tensors whose names begin with `drop` are left out."""
-    unet, vae, text = parts(linear)
+    unet, vae, text = parts(linear, channels=channels)
     words = open_clip_keys(text) if linear else clip_keys(text)
     tensors = unet_keys(unet) | vae_keys(vae) | words | {"alphas_cumprod": torch.ones(1000)} | more
     kept = {k: v.clone().contiguous() for k, v in tensors.items() if not (drop and k.startswith(drop))}
@@ -170,12 +175,13 @@ def write(
     return path
 
 
-def parts_xl(rows: int = 520, seed: int = 0) -> dict[str, Any]:
+def parts_xl(rows: int = 520, seed: int = 0, channels: int = 4) -> dict[str, Any]:
     """Small parts of an SDXL base, by diffusers' names."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(
             sample_size=128,
+            in_channels=channels,
             block_out_channels=(64, 128),
             layers_per_block=2,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -207,9 +213,9 @@ def parts_xl(rows: int = 520, seed: int = 0) -> dict[str, Any]:
     return {name: module.eval() for name, module in found.items()}
 
 
-def write_xl(path: Path, metadata: dict[str, str] | None = None, drop: str = "") -> Path:
+def write_xl(path: Path, metadata: dict[str, str] | None = None, drop: str = "", channels: int = 4) -> Path:
     """A single-file checkpoint of `parts_xl`; tensors whose names begin with `drop` are left out."""
-    made = parts_xl()
+    made = parts_xl(channels=channels)
     tensors = unet_keys(made["unet"]) | vae_keys(made["vae"])
     tensors |= clip_keys(made["text_encoder"], "conditioner.embedders.0.transformer.text_model.")
     tensors |= open_clip_keys(made["text_encoder_2"], "conditioner.embedders.1.model.")

@@ -26,7 +26,8 @@ def test_every_weight_is_found_where_it_is(tmp_path: Path, linear: bool) -> None
     for name, tensor in expected.items():
         if name in marks:
             mark = marks[name]
-            assert torch.equal(tensors[mark.name][mark.begin : mark.end], tensor), name
+            ((begin, end),) = mark.rows
+            assert torch.equal(tensors[mark.name][begin:end], tensor), name
             assert mark.shape == tuple(tensor.shape)
 
 

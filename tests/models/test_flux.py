@@ -215,15 +215,6 @@ def test_a_missing_t5_is_named(folder: Path, tmp_path: Path) -> None:
         load_base(base)
 
 
-def test_a_single_file_is_sent_to_a_folder(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    file = tmp_path / "flux1-dev.safetensors"
-    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(3, 1)}, file)
-    with pytest.raises(ModelError, match=r"is Flux as a single file.*FluxPipeline.from_single_file"):
-        load_base(file)
-
-
 # -- the shape of the real one -------------------------------------------------------------------------------
 
 

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from scumble.adapters import Adapter, LoraSettings
+from scumble.adapters import FAMILIES as ADAPTERS
+from scumble.adapters import Adapter
+from scumble.adapters.state import Metadata
 from scumble.errors import ModelError
+from scumble.formats import write
+from scumble.inference.session import Session
 from scumble.models import FAMILIES, describe_base, load_base, tiny
 from scumble.models.family import BaseModel, Conditioning, Frame
 from scumble.models.inpainting import InpaintingBase
+from tests.inference.makers import fill
+from tests.models import original
 
-FAMILY = pytest.mark.parametrize("family", ["sd1", "sd2"])
+FAMILY = pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 
 
-@pytest.fixture(scope="module")
-def base() -> BaseModel:
-    return FAMILIES.get("sd1-inpainting").tiny(1)
+@pytest.fixture(scope="module", params=["sd1", "sdxl"])
+def base(request: pytest.FixtureRequest) -> BaseModel:
+    return FAMILIES.get(f"{request.param}-inpainting").tiny(1)
 
 
 def pictures(count: int = 2, side: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,12 +52,58 @@ def test_the_channels_tell_it_from_its_text_to_image_neighbour(family: str, tmp_
     assert describe_base(tiny.save(family, tmp_path / "plain")).family == family
 
 
-def test_a_vae_of_other_channels_is_refused(tmp_path: Path) -> None:
-    folder = tiny.save("sd1-inpainting", tmp_path / "base")
-    path = folder / "vae/config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "latent_channels": 8}))
-    with pytest.raises(ModelError, match="its VAE has 8 latent channels and its UNet takes 4"):
+def test_a_pipeline_of_its_own_is_saved_and_told_by_its_parts(tmp_path: Path) -> None:
+    """As the published SDXL one is: its index names another pipeline than that of SDXL, and its VAE widens in fp16."""
+    folder = tiny.save("sdxl-inpainting", tmp_path / "base", seed=3)
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionXLInpaintPipeline"
+    assert index["requires_aesthetics_score"] is False and index["force_zeros_for_empty_prompt"] is True
+    loaded = load_base(folder, device="cpu")
+    assert type(loaded.pipeline()).__name__ == index["_class_name"]
+    assert not loaded.unconditional(1).tokens.any(), "guidance starts from zeros"
+
+
+@FAMILY
+@pytest.mark.parametrize(
+    ("part", "values", "said"),
+    [
+        ("vae", {"latent_channels": 8}, "its VAE has 8 latent channels and its UNet takes 4"),
+        ("unet", {"in_channels": 8}, "is an InstructPix2Pix model on Stable Diffusion"),
+        ("text_encoder", {"hidden_size": 96}, "numbers a token and its UNet's cross-attention takes"),
+        ("scheduler", {"prediction_type": "sample"}, "prediction_type"),
+    ],
+)
+def test_what_is_no_inpainting_base_is_refused(
+    family: str, part: str, values: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    folder = tiny.save(f"{family}-inpainting", tmp_path / "base")
+    path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    with pytest.raises(ModelError, match=said) as caught:
         load_base(folder, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+@FAMILY
+def test_a_single_file_of_nine_channels_loads(family: str, tmp_path: Path) -> None:
+    stated = {"modelspec.prediction_type": "epsilon"}
+    rows = 520
+    tiny.tiny_tokenizer("!" if family == "sd2" else "<|endoftext|>").save_pretrained(tmp_path / "tokenizer")
+    path = tmp_path / "inpainting.safetensors"
+    if family == "sdxl":
+        original.write_xl(path, stated, channels=9)
+        unet = original.parts_xl(rows, channels=9)["unet"]
+    else:
+        original.write(path, family == "sd2", stated, channels=9)
+        unet = original.parts(family == "sd2", rows, channels=9)[0]
+    facts, loaded = describe_base(path), load_base(path, device="cpu")
+    assert (facts.family, facts.adapters, facts.problems) == (f"{family}-inpainting", family, ())
+    assert isinstance(loaded, InpaintingBase) and loaded.family == family
+    here = loaded.unet.state_dict()
+    assert here["conv_in.weight"].shape[1] == 9
+    assert all(torch.equal(tensor, here[name]) for name, tensor in unet.state_dict().items())
+    silent = original.write_xl(path, channels=9) if family == "sdxl" else None
+    assert silent is None or load_base(silent, device="cpu").prediction.name in ("epsilon", "v_prediction")
 
 
 def test_what_is_shown_is_what_the_pipeline_shows(base: BaseModel) -> None:
@@ -76,13 +129,19 @@ def test_what_is_shown_is_what_the_pipeline_shows(base: BaseModel) -> None:
 def test_the_denoiser_sees_noise_hole_and_picture_in_this_order(base: BaseModel) -> None:
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
     t, said = torch.tensor([10, 700]), base.encode_prompts(["a", "b"])
-    shown = base.show(*pictures())
+    shown, frame = base.show(*pictures()), Frame.plain(2, 16, 16)
+    assert isinstance(base, InpaintingBase)
     with torch.no_grad():
-        ours = base.denoise(latents, t, Conditioning(said.tokens, shown=shown), Frame.plain(2, 16, 16))
-        theirs = base.denoiser(torch.cat([latents, shown], 1), t, encoder_hidden_states=said.tokens).sample
-        blank = base.denoise(latents, t, said, Frame.plain(2, 16, 16))
+        ours = base.denoise(latents, t, replace(said, shown=shown), frame)
+        theirs = base.denoiser(
+            torch.cat([latents, shown], 1),
+            t,
+            encoder_hidden_states=said.tokens,
+            added_cond_kwargs=base.told_besides(said, frame),
+        ).sample
+        blank = base.denoise(latents, t, said, frame)
         grey = base.show(torch.zeros(2, 3, 16, 16), torch.ones(2, 1, 16, 16))
-        all_hole = base.denoise(latents, t, Conditioning(said.tokens, shown=grey), Frame.plain(2, 16, 16))
+        all_hole = base.denoise(latents, t, replace(said, shown=grey), frame)
     assert torch.equal(ours, theirs)
     torch.testing.assert_close(blank, all_hole)
     assert not torch.allclose(ours, blank)
@@ -97,11 +156,23 @@ def test_what_is_shown_goes_with_its_rows() -> None:
 
 
 @FAMILY
-def test_an_adapter_of_the_text_to_image_base_fits(family: str) -> None:
+@pytest.mark.parametrize("kind", ADAPTERS.names())
+def test_an_adapter_of_the_text_to_image_base_fits(family: str, kind: str, tmp_path: Path) -> None:
+    """Every adapter family, by its file, on every linear layer."""
     plain, filling = FAMILIES.get(family).tiny(0), FAMILIES.get(f"{family}-inpainting").tiny(0)
-    state = Adapter.inject(plain.roots, "all-linear", LoraSettings(rank=2)).state()
-    with Adapter.load(filling.roots, state) as adapter:
-        assert len(adapter) == len(state.layers)
+    with Adapter.inject(plain.roots, "all-linear", ADAPTERS.get(kind).settings(rank=2)) as adapter:
+        state = fill(adapter, seed=0, size=0.1).state(
+            Metadata(base_name=plain.name, base_family=plain.family)
+        )
+    path = write(state, tmp_path / "a.safetensors")
+    latents, frame = torch.ones(1, 4, 8, 8), Frame.plain(1, 16, 16)
+    with torch.no_grad(), Session(filling, [path]) as session:
+        (resident,) = session.residents
+        assert len(resident.adapter) == len(state.layers)
+        bare = filling.denoise(latents, torch.tensor([500]), filling.encode_prompts(["a"]), frame)
+        resident.adapter.strength = 1.0
+        acting = filling.denoise(latents, torch.tensor([500]), filling.encode_prompts(["a"]), frame)
+    assert acting.isfinite().all() and not torch.equal(bare, acting)
 
 
 def test_a_text_to_image_base_is_shown_nothing() -> None:

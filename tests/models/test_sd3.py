@@ -15,26 +15,20 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.training_utils import compute_loss_weighting_for_sd3
-from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scumble.adapters import Adapter, LoraSettings, layers_of
 from scumble.adapters.layers import mark_unread
 from scumble.adapters.state import AdapterState, LayerState, TokenState
 from scumble.adapters.targets import resolve
-from scumble.data.cache import text_encoder_fingerprint
-from scumble.data.loader import Loader
 from scumble.data.record import Batch
-from scumble.data.settings import DataSettings
-from scumble.data.sources import open_dataset
 from scumble.errors import FormatError, ModelError
 from scumble.formats import CODECS, read, write
 from scumble.inference.attach import load_adapter, unload_adapters
 from scumble.inference.request import Request
 from scumble.inference.schedulers import build_scheduler
 from scumble.inference.session import Session
-from scumble.models import FAMILIES, describe_base, load_base, loading
+from scumble.models import FAMILIES, describe_base, load_base
 from scumble.models.family import BaseModel
 from scumble.models.loading import load_tokenizers
 from scumble.models.prediction import shifted
@@ -490,74 +484,9 @@ def test_parts_of_other_widths_are_refused(
     assert "don't belong together" in found and said in found
 
 
-def test_a_scheduler_of_another_prediction_is_refused(folder: Path) -> None:
-    (folder / "scheduler/scheduler_config.json").write_text(
-        json.dumps({"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"})
-    )
-    index(folder, scheduler=["diffusers", "DDIMScheduler"])
-    said = refusal(folder)
-    assert "a DDIMScheduler, says that it predicts v_prediction" in said and "flow matching" in said
-
-
 def test_another_prediction_can_not_be_asked_for(saved: Path) -> None:
     with pytest.raises(ModelError, match=r"predicts flow.*prediction = 'epsilon'"):
         load_base(saved, device="cpu", prediction="epsilon")
-
-
-def test_t5_is_loaded_when_a_prompt_is_read_and_not_before(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-    whole = loading._load_part
-
-    def watched(cls: Any, folder: Path, *others: Any) -> Any:
-        asked.append(folder.name)
-        return whole(cls, folder, *others)
-
-    monkeypatch.setattr(loading, "_load_part", watched)
-    Image.new("RGB", (16, 16), "red").save(tmp_path / "0.png")
-    data = DataSettings(images=str(tmp_path), caption="a fox", resolution=16, cache=str(tmp_path / "cache"))
-    shown = []
-    for expected in (1, 0):
-        asked.clear()
-        loaded = load_base(saved, device="cpu")
-        assert "text_encoder_3" not in asked and "text_encoder" in asked
-        loader = Loader(open_dataset(data), loaded, data, batch_size=1, seed=0)
-        loader.prepare()
-        shown.append(next(loader.start(0)).conditioning)
-        assert asked.count("text_encoder_3") == expected
-    assert all(one is not None for one in shown)
-    assert torch.equal(shown[0].tokens, shown[1].tokens)  # type: ignore[union-attr]
-    told = FAMILIES.get("sd3").tiny(3).encode_prompts(["a fox"])
-    assert torch.equal(shown[1].tokens, told.tokens)  # type: ignore[union-attr]
-    # a proof needs none: zeros are in its place, in both models
-    with loaded.sparing():
-        said = loaded.encode_prompts(["a fox"]).tokens
-    assert not said[:, -READ:].any() and torch.equal(said[:, :-READ], told.tokens[:, :-READ])
-    assert asked.count("text_encoder_3") == 0
-    assert torch.equal(loaded.encode_prompts(["a fox"]).tokens, told.tokens)
-    assert asked.count("text_encoder_3") == 1
-    loaded.release()
-    assert loaded.pipeline().text_encoder_3 is not None and asked.count("text_encoder_3") == 2
-
-
-def test_another_t5_is_another_key(saved: Path, folder: Path) -> None:
-    def key(where: Path) -> str:
-        return text_encoder_fingerprint(load_base(where, device="cpu"))
-
-    assert key(saved) == key(folder)
-    tensors = load_file(folder / "text_encoder_3/model.safetensors")
-    name = next(iter(tensors))
-    save_file(
-        {**tensors, name: tensors[name] + 1}, folder / "text_encoder_3/model.safetensors", {"format": "pt"}
-    )
-    assert key(saved) != key(folder)
-
-
-def test_a_single_file_is_named_with_the_way_to_a_folder(tmp_path: Path) -> None:
-    name = "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"
-    save_file({name: torch.zeros(2, 2)}, tmp_path / "sd3.safetensors")
-    assert "StableDiffusion3Pipeline.from_single_file" in refusal(tmp_path / "sd3.safetensors")
 
 
 def test_a_strange_tokenizer_is_refused() -> None:

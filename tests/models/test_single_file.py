@@ -158,8 +158,14 @@ def test_the_vocabulary_in_the_hub_cache_is_used(tmp_path: Path, monkeypatch: py
             {"conditioner.embedders.1.model.ln_final.weight": (4,)},
             "not a checkpoint of a base model. Its 1 tensors are called conditioner",
         ),
-        ({"model.diffusion_model.joint_blocks.0.x_block.weight": (4,)}, "is Stable Diffusion 3"),
-        ({"double_blocks.0.img_attn.qkv.weight": (4,)}, "is Flux"),
+        (
+            {"model.diffusion_model.joint_blocks.0.x_block.weight": (4,)},
+            "Stable Diffusion 3's files are: in the transformer, there is no 'x_embedder.proj.weight'",
+        ),
+        (
+            {"double_blocks.0.img_attn.qkv.weight": (4,)},
+            "Flux.1's files are: in the transformer, there is no 'img_in.weight'",
+        ),
         ({"down_blocks.0.resnets.0.conv1.weight": (4,)}, "one component of a base"),
         ({"something.else": (4,)}, "called something.else"),
         ({"model.diffusion_model.input_blocks.0.0.weight": (4, 4)}, "not laid out as Stable Diffusion's"),

@@ -16,11 +16,19 @@ from scumble.inference.request import Request
 from scumble.inference.session import Session
 from tests.runs.worlds import cut_and_resumed, write_world
 
+PIPELINES = {"sd1": "StableDiffusionInpaintPipeline", "sdxl": "StableDiffusionXLInpaintPipeline"}
+"""The family whose adapters a base takes -> the pipeline that paints with it."""
+
+
+@pytest.fixture(scope="module", params=list(PIPELINES))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny inpainting base on disk, and four captioned pictures with masks."""
-    folder = write_world(tmp_path_factory.mktemp("world"), 4, family="sd1-inpainting")
+    folder = write_world(tmp_path_factory.mktemp("world"), 4, family=f"{family}-inpainting")
     (folder / "masks").mkdir()
     for number in range(4):
         mask = Image.new("L", (16, 16))
@@ -40,26 +48,28 @@ def settings(world: Path, output: Path, **more: Any) -> dict[str, Any]:
     }
 
 
-def test_it_trains_and_its_pipeline_loads_the_file(world: Path, tmp_path: Path) -> None:
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionInpaintPipeline
+def test_it_trains_and_its_pipeline_loads_the_file(family: str, world: Path, tmp_path: Path) -> None:
+    import diffusers
 
     told = settings(world, tmp_path / "run", preview={"prompts": ["a colour"], "steps": 1})
     result = scumble.train(**told)
     assert result.reason == "complete" and result.difference == 0 and result.adapter is not None
-    assert scumble.formats.read(result.adapter).state.metadata.base_family == "sd1"
+    assert scumble.formats.read(result.adapter).state.metadata.base_family == family
     rows = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert any(row["event"] == "HeldOut" for row in rows)
     assert len(list((tmp_path / "run" / "previews").glob("*.png"))) == 2, "with and without: all is painted"
 
     image, mask = Image.open(world / "pictures" / "0.png"), Image.open(world / "masks" / "0.png")
-    pipeline: Any = StableDiffusionInpaintPipeline.from_pretrained(world / "base", safety_checker=None)
+    without = {"safety_checker": None} if family == "sd1" else {}
+    pipeline: Any = getattr(diffusers, PIPELINES[family]).from_pretrained(world / "base", **without)
     pipeline.set_progress_bar_config(disable=True)
 
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
 
     def draw() -> torch.Tensor:
         noise, size = torch.Generator().manual_seed(0), {"width": 16, "height": 16}
         asked = {"image": image, "mask_image": mask, "num_inference_steps": 2, "generator": noise, **size}
+        asked["guidance_scale"] = 7.5
         return torch.as_tensor(pipeline("a colour", output_type="np", **asked).images[0])
 
     before = draw()

@@ -16,7 +16,7 @@ from scumble.adapters import Adapter, AdapterState, LoraSettings, TokenState
 from scumble.adapters.factors import Keep, change_of
 from scumble.adapters.mix import MixSettings
 from scumble.errors import AdapterError, FormatError, ModelError, NoLayerMatches, UnusedTensors, WrongBase
-from scumble.formats import write
+from scumble.formats import read, write
 from scumble.models import FAMILIES, tiny
 from scumble.models.family import BaseModel, Frame
 from scumble.models.loading import load_base
@@ -26,6 +26,7 @@ from scumble.runs.extract import extract_from_base
 from scumble.runs.merge import Source, merge_into_base
 from scumble.runs.rework import RECORD
 from tests.models import original
+from tests.models import original_transformers as transformers
 
 
 def trained(base: BaseModel, targets: list[str], seed: int, rank: int = 2) -> AdapterState:
@@ -355,3 +356,84 @@ def test_a_base_in_8_bits_is_merged_and_stays_in_8_bits(folder: Path, tmp_path: 
         name = path.removeprefix("unet.") + ".weight"
         whole = tensors[name].float() + change_of(path, layer)
         assert torch.equal(new[name].float(), whole.to(torch.float8_e4m3fn).float())
+
+
+# -- single files of transformers ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["sd3", "flux"])
+def transformer_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole single file in the folder of the base that it was made of."""
+    place, family = tmp_path_factory.mktemp("files"), request.param
+    parts = {"sd3": transformers.sd3_parts, "flux": transformers.flux_parts}[family](2)
+    base = FAMILIES.get(family).load(parts, dtype=torch.float32, device=torch.device("cpu"))
+    base.pipeline().save_pretrained(place / "base")
+    tensors = {"sd3": transformers.sd3_tensors, "flux": transformers.flux_tensors}[family](parts)
+    return transformers.write(place / "base" / f"{family}.safetensors", tensors)
+
+
+@torch.no_grad()
+def flowing(base: BaseModel) -> Tensor:
+    """The denoiser's answer to fixed noise and words, of a base that flows."""
+    latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(5))
+    said = base.encode_prompts(["a fox"])
+    return base.denoise(latents, torch.tensor([0.5]), said, Frame.plain(1, 16, 16))
+
+
+def check_merged(transformer_file: Path, out: Path, targets: list[str], dialect: str) -> None:
+    base = load_base(transformer_file, device="cpu")
+    state = trained(base, targets, 3)
+    file = write(state, out.with_name(f"{dialect}.safetensors"), dialect)
+    adapter = Adapter.load(base.roots, state, name="m")
+    expected = flowing(base)
+    adapter.eject()
+    merged = merge_into_base([Source(file)], transformer_file, out)
+    assert merged.layers == len(state.layers) and merged.notes == ()
+    found = load_base(out, device="cpu", rest=transformer_file.parent)
+    assert (expected - flowing(base)).norm() > 0.01 * expected.norm()
+    torch.testing.assert_close(flowing(found), expected, rtol=1e-4, atol=1e-4)
+    before, after = load_file(transformer_file), load_file(out)
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    files = open_base(transformer_file)
+    assert changed == {files.spots[path].name for path in read(file, files.shapes).state.layers}
+
+
+def test_a_transformer_s_file_with_an_adapter_in_it(transformer_file: Path, tmp_path: Path) -> None:
+    """Layers that the file joins, and one whose halves it holds the other way round."""
+    targets = [
+        "attention+mlp",
+        "text_encoder.attention",
+        "transformer.norm_out.linear",
+        "transformer.proj_out",
+    ]
+    check_merged(transformer_file, tmp_path / transformer_file.name, targets, "diffusers")
+
+
+def test_kohya_s_names_fit_a_flux_file(tmp_path: Path) -> None:
+    parts = transformers.flux_parts(2)
+    base = FAMILIES.get("flux").load(parts, dtype=torch.float32, device=torch.device("cpu"))
+    base.pipeline().save_pretrained(tmp_path / "base")
+    file = transformers.write(tmp_path / "base" / "flux.safetensors", transformers.flux_tensors(parts))
+    check_merged(file, tmp_path / "out.safetensors", ["attention+mlp"], "kohya-flux")
+
+
+def test_a_transformer_alone_is_merged_into_without_its_rest(transformer_file: Path, tmp_path: Path) -> None:
+    base = load_base(transformer_file, device="cpu")
+    state = trained(base, ["attention"], 4)
+    whole = load_file(transformer_file)
+    prefix = "model.diffusion_model."
+    alone = {key.removeprefix(prefix): t for key, t in whole.items() if key.startswith(prefix)}
+    bare = transformers.write(tmp_path / "bare.safetensors", alone)
+    file = write(state, tmp_path / "adapter.safetensors")
+    merge_into_base([Source(file)], bare, tmp_path / "bare-merged.safetensors")
+    merge_into_base([Source(file)], transformer_file, tmp_path / "whole-merged.safetensors")
+    one, other = (
+        load_file(tmp_path / "bare-merged.safetensors"),
+        load_file(tmp_path / "whole-merged.safetensors"),
+    )
+    assert all(torch.equal(tensor, other[prefix + name]) for name, tensor in one.items())
+    words = trained(base, ["text_encoder.attention"], 5)
+    file = write(words, tmp_path / "words.safetensors")
+    with pytest.raises((FormatError, UnusedTensors, NoLayerMatches)):
+        merge_into_base([Source(file)], bare, tmp_path / "never.safetensors")
+    assert not (tmp_path / "never.safetensors").exists()

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import scumble
+from scumble.adapters.state import AdapterState, LayerState, TokenState
 from scumble.errors import ConfigError, DataError
-from scumble.formats import read
+from scumble.formats import read, write
 from scumble.picturebook.dataset import write_dataset
 from scumble.runs.load import load
+from scumble.runs.train import export_words
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COMMON = {"base": "picturebook", "output": "never"}
@@ -90,8 +93,6 @@ def test_what_is_wrong_with_words_is_said_before_a_model_is_loaded(
 @pytest.mark.parametrize("example", ["textual_inversion", "pivotal"])
 def test_the_example_runs_as_it_stands(example: str, creature: Path, tmp_path: Path) -> None:
     """With fewer steps. Unmodified diffusers loads the result in two files."""
-    import torch
-
     import scumble.picturebook
 
     less = ["train.steps=2", "train.batch=1", "preview.steps=1", "device=cpu"]
@@ -124,3 +125,20 @@ def test_the_example_runs_as_it_stands(example: str, creature: Path, tmp_path: P
     with torch.no_grad(), Adapter.load(base.roots, state, vocabularies=base.vocabularies):
         ours = base.encode_prompts(["a zorbik"]).tokens
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_words_alone_say_for_how_many_text_encoders_they_are(tmp_path: Path) -> None:
+    pair = {"down": torch.ones(2, 8), "up": torch.ones(4, 2)}
+    words = {
+        "<one>": TokenState({"text_encoder": torch.ones(1, 8)}),
+        "<both>": TokenState({"text_encoder": torch.ones(1, 8), "text_encoder_2": torch.ones(1, 12)}),
+    }
+    layer = LayerState("lora", 2, 2.0, pair)
+    path = write(
+        AdapterState({"unet.mid_block.attentions.0.proj_in": layer}, words), tmp_path / "a.safetensors"
+    )
+    found = export_words(path)
+    assert sorted(found.values()) == [1, 2]
+    for file, encoders in found.items():
+        (token,) = read(file).state.tokens.values()
+        assert len(token.vectors) == encoders

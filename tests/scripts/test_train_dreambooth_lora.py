@@ -10,6 +10,7 @@ import pytest
 
 from tests.runs.worlds import write_world
 from tests.scripts.commands import (
+    RUN_ROWS,
     WEIGHTS,
     about,
     at,
@@ -17,70 +18,26 @@ from tests.scripts.commands import (
     launch,
     load,
     lose_the_end,
+    meaning,
     named_in,
-    run_config,
+    notes_of,
 )
+from tests.scripts.theirs import SUBJECT
 
-#: every flag of diffusers 0.42's script with its default; `...` for a required one
 THEIRS: dict[str, Any] = {
-    "pretrained_model_name_or_path": ...,
-    "revision": None,
-    "variant": None,
+    **SUBJECT,
     "tokenizer_name": None,
     "instance_data_dir": ...,
-    "class_data_dir": None,
-    "instance_prompt": ...,
-    "class_prompt": None,
-    "validation_prompt": None,
-    "num_validation_images": 4,
-    "validation_epochs": 50,
-    "with_prior_preservation": False,
-    "prior_loss_weight": 1.0,
-    "num_class_images": 100,
     "output_dir": "lora-dreambooth-model",
-    "seed": None,
     "resolution": 512,
-    "center_crop": False,
-    "train_text_encoder": False,
-    "train_batch_size": 4,
-    "sample_batch_size": 4,
-    "num_train_epochs": 1,
-    "max_train_steps": None,
-    "checkpointing_steps": 500,
-    "checkpoints_total_limit": None,
-    "resume_from_checkpoint": None,
-    "gradient_accumulation_steps": 1,
-    "gradient_checkpointing": False,
-    "learning_rate": 5e-4,
-    "scale_lr": False,
-    "lr_scheduler": "constant",
-    "lr_warmup_steps": 500,
-    "lr_num_cycles": 1,
-    "lr_power": 1.0,
-    "dataloader_num_workers": 0,
-    "use_8bit_adam": False,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.999,
-    "adam_weight_decay": 1e-2,
-    "adam_epsilon": 1e-08,
-    "max_grad_norm": 1.0,
-    "push_to_hub": False,
-    "hub_token": None,
-    "hub_model_id": None,
-    "logging_dir": "logs",
-    "allow_tf32": False,
-    "report_to": "tensorboard",
-    "mixed_precision": None,
-    "prior_generation_precision": None,
-    "local_rank": -1,
+    "learning_rate": 0.0005,
+    "adam_weight_decay": 0.01,
     "enable_xformers_memory_efficient_attention": False,
     "pre_compute_text_embeddings": False,
     "tokenizer_max_length": None,
     "text_encoder_use_attention_mask": False,
     "validation_images": None,
     "class_labels_conditioning": None,
-    "rank": 4,
-    "lora_dropout": 0.0,
     "image_interpolation_mode": "lanczos",
 }
 REQUIRED = (
@@ -94,21 +51,17 @@ PRIOR = ("--with_prior_preservation", "--class_data_dir=dogs", "--class_prompt=a
 script = load("train_dreambooth_lora")
 
 
-def config(*flags: str, **world: Any) -> Any:
-    return run_config(script, [*REQUIRED, *flags], **world)
+config = meaning(script, REQUIRED)
 
 
 def test_the_flags_are_theirs_with_their_defaults() -> None:
     assert defaults(script) == THEIRS
-    assert len({flag.name for flag in script.FLAGS}) == len(script.FLAGS)
     given = script.parser().parse_args([*REQUIRED])
     assert given.__dict__ == {**THEIRS, **{key: getattr(given, key) for key, v in THEIRS.items() if v is ...}}
 
 
 ROWS: list[tuple[str, str, Any]] = [
-    ("--pretrained_model_name_or_path=owner/base", "base", "owner/base"),
-    ("--revision=fp16", "revision", "fp16"),
-    ("--variant=fp16", "variant", "fp16"),
+    *RUN_ROWS,
     ("", "method", "dreambooth"),
     ("--instance_data_dir=cat", "data.images", "cat"),
     ("--instance_prompt=cat", "dreambooth.instance_prompt", "cat"),
@@ -120,49 +73,18 @@ ROWS: list[tuple[str, str, Any]] = [
     ("--validation_prompt=sks --seed=7", "preview.seed", 7),
     ("--validation_prompt=sks --num_validation_images=2", "preview.count", 2),
     ("--validation_prompt=sks --validation_epochs=3", "train.preview_every", 15),
-    ("--num_validation_images=2", "preview.prompts", ()),
-    ("--output_dir=out", "output", Path("out")),
     ("", "output", Path("lora-dreambooth-model")),
-    ("--seed=1337", "train.seed", 1337),
-    ("--resolution=256", "data.resolution", 256),
-    ("", "data.resolution", 512),
-    ("--center_crop", "data.center_crop", True),
-    ("", "data.center_crop", False),
     ("--train_text_encoder", "dreambooth.train_text_encoder", True),
     ("", "dreambooth.train_text_encoder", False),
-    ("--train_batch_size=3", "train.batch", 3),
     ("--num_train_epochs=5", "train.steps", 25),
     ("", "train.steps", 5),
-    ("--num_train_epochs=5 --max_train_steps=15000", "train.steps", 15000),
-    ("--checkpointing_steps=100", "train.checkpoint_every", 100),
-    ("--checkpoints_total_limit=2", "train.checkpoint_limit", 2),
-    ("--gradient_accumulation_steps=4", "train.accumulate", 4),
-    ("--gradient_checkpointing", "train.gradient_checkpointing", True),
-    ("--learning_rate=1e-05", "train.optimizer.learning_rate", 1e-5),
     ("", "train.optimizer.learning_rate", 5e-4),
     ("--scale_lr --learning_rate=1e-05", "train.optimizer.learning_rate", 4e-5),
-    ("--lr_scheduler=cosine", "train.schedule.name", "cosine"),
     ("--lr_scheduler=cosine --lr_warmup_steps=9", "train.schedule.warmup_steps", 9),
     ("", "train.schedule.warmup_steps", 0),
     ("--lr_scheduler=cosine_with_restarts --lr_num_cycles=3", "train.schedule.cycles", 3),
     ("--lr_scheduler=polynomial --lr_power=2", "train.schedule.power", 2.0),
-    ("--dataloader_num_workers=8", "data.workers", 8),
-    ("--use_8bit_adam", "train.optimizer.name", "adamw8bit"),
-    ("--adam_beta1=0.8", "train.optimizer.betas", (0.8, 0.999)),
-    ("--adam_beta2=0.99", "train.optimizer.betas", (0.9, 0.99)),
-    ("--adam_weight_decay=0.1", "train.optimizer.weight_decay", 0.1),
-    ("--adam_epsilon=1e-6", "train.optimizer.epsilon", 1e-6),
-    ("--max_grad_norm=0", "train.max_grad_norm", None),
-    ("--push_to_hub --hub_model_id=me/fox", "hub.id", "me/fox"),
-    ("--push_to_hub", "hub.push", True),
-    ("--allow_tf32", "train.tf32", True),
-    ("--report_to=none", "trackers", ()),
-    ("--mixed_precision=bf16", "train.precision", "bf16"),
-    ("--rank=16", "adapter.rank", 16),
-    ("--rank=16", "adapter.alpha", None),
     ("--lora_dropout=0.1", "adapter.dropout", 0.1),
-    ("", "adapter.targets", "attention"),
-    ("--image_interpolation_mode=bicubic", "data.interpolation", "bicubic"),
     ("--tokenizer_name=base", "base", "base"),
     ("--tokenizer_max_length=77", "base", "base"),
     ("--pre_compute_text_embeddings", "dreambooth.train_text_encoder", False),
@@ -223,12 +145,10 @@ def test_what_can_not_be_honoured_is_refused(flags: list[str], message: str) -> 
 
 def test_notes_say_what_is_otherwise() -> None:
     flags = ["--class_data_dir=x", "--class_prompt=y", "--enable_xformers_memory_efficient_attention"]
-    notes = script.COMMAND.notes(script.parser().parse_args([*REQUIRED, *flags]))
+    notes = notes_of(script, *REQUIRED, *flags)
     assert len(notes) == 3 and all("without --with_prior_preservation" in note for note in notes[:2])
     assert "scaled_dot_product_attention" in notes[2]
-    notes = script.COMMAND.notes(
-        script.parser().parse_args([*REQUIRED, *PRIOR, "--prior_generation_precision=fp16"])
-    )
+    notes = notes_of(script, *REQUIRED, *PRIOR, "--prior_generation_precision=fp16")
     assert len(notes) == 1 and "precision that it is trained in" in notes[0]
 
 

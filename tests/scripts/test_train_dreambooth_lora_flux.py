@@ -2,109 +2,45 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scumble.adapters import resolve
-from scumble.formats import read
 from scumble.models import FAMILIES
-from tests.scripts.commands import WEIGHTS, about, at, defaults, load, named_in, run_config
+from tests.runs.worlds import write_world
+from tests.scripts.commands import (
+    FOLDER,
+    about,
+    at,
+    defaults,
+    load,
+    meaning,
+    named_in,
+    notes_of,
+    trained,
+)
+from tests.scripts.theirs import SUBJECT_FLOW
 
-#: every flag of diffusers 0.42's script with its default; `...` for a required one
 THEIRS: dict[str, Any] = {
-    "pretrained_model_name_or_path": ...,
-    "revision": None,
-    "variant": None,
-    "dataset_name": None,
-    "dataset_config_name": None,
-    "instance_data_dir": None,
-    "cache_dir": None,
-    "image_column": "image",
-    "caption_column": None,
-    "repeats": 1,
-    "class_data_dir": None,
-    "instance_prompt": ...,
-    "class_prompt": None,
+    **SUBJECT_FLOW,
     "max_sequence_length": 512,
-    "validation_prompt": None,
-    "num_validation_images": 4,
-    "validation_epochs": 50,
-    "rank": 4,
     "lora_alpha": 4,
-    "lora_dropout": 0.0,
-    "with_prior_preservation": False,
-    "prior_loss_weight": 1.0,
-    "num_class_images": 100,
     "output_dir": "flux-dreambooth-lora",
-    "seed": None,
-    "resolution": 512,
-    "center_crop": False,
-    "random_flip": False,
-    "train_text_encoder": False,
-    "train_batch_size": 4,
-    "sample_batch_size": 4,
-    "num_train_epochs": 1,
-    "max_train_steps": None,
-    "checkpointing_steps": 500,
-    "checkpoints_total_limit": None,
-    "resume_from_checkpoint": None,
-    "gradient_accumulation_steps": 1,
-    "gradient_checkpointing": False,
-    "learning_rate": 0.0001,
     "guidance_scale": 3.5,
-    "text_encoder_lr": 5e-06,
-    "scale_lr": False,
-    "lr_scheduler": "constant",
-    "lr_warmup_steps": 500,
-    "lr_num_cycles": 1,
-    "lr_power": 1.0,
-    "dataloader_num_workers": 0,
     "weighting_scheme": "none",
-    "logit_mean": 0.0,
-    "logit_std": 1.0,
-    "mode_scale": 1.29,
-    "optimizer": "AdamW",
-    "use_8bit_adam": False,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.999,
-    "prodigy_beta3": None,
-    "prodigy_decouple": True,
-    "adam_weight_decay": 0.0001,
-    "adam_weight_decay_text_encoder": 0.001,
-    "lora_layers": None,
-    "adam_epsilon": 1e-08,
-    "prodigy_use_bias_correction": True,
-    "prodigy_safeguard_warmup": True,
-    "max_grad_norm": 1.0,
-    "push_to_hub": False,
-    "hub_token": None,
-    "hub_model_id": None,
-    "logging_dir": "logs",
-    "allow_tf32": False,
-    "cache_latents": False,
-    "report_to": "tensorboard",
-    "mixed_precision": None,
-    "upcast_before_saving": False,
-    "prior_generation_precision": None,
-    "local_rank": -1,
     "enable_npu_flash_attention": False,
 }
-REQUIRED = ("--pretrained_model_name_or_path=base", "--instance_prompt=a photo of sks dog")
-FOLDER = (*REQUIRED, "--instance_data_dir=dog")
 
 script = load("train_dreambooth_lora_flux")
 
 
-def config(*flags: str, **world: Any) -> Any:
-    return run_config(script, [*FOLDER, *flags], **world)
+config = meaning(script, FOLDER)
 
 
 def test_the_flags_are_theirs_with_their_defaults() -> None:
     assert defaults(script) == THEIRS
-    assert len({flag.name for flag in script.FLAGS}) == len(script.FLAGS)
 
 
 ROWS: list[tuple[str, str, Any]] = [
@@ -172,32 +108,15 @@ def test_targets_are_the_layers_that_diffusers_trains() -> None:
 
 
 def test_notes_name_what_is_not_used() -> None:
-    flags = script.parser().parse_args([*FOLDER, "--max_sequence_length=128", "--enable_npu_flash_attention"])
-    notes = " ".join(script.COMMAND.notes(flags))
+    notes = " ".join(notes_of(script, *FOLDER, "--max_sequence_length=128", "--enable_npu_flash_attention"))
     assert "--max_sequence_length=128 is not used" in notes and "--enable_npu_flash_attention" in notes
-    assert script.COMMAND.notes(script.parser().parse_args([*FOLDER])) == []
+    assert notes_of(script, *FOLDER) == []
 
 
 def test_the_whole_of_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from PIL import Image
-
-    from scumble.models.tiny import save
-
-    save("flux", tmp_path / "base")
-    (tmp_path / "dog").mkdir()
-    for number in range(2):
-        Image.new("RGB", (16, 16), (90 * number, 200, 90)).save(tmp_path / f"dog/{number}.png")
-    monkeypatch.chdir(tmp_path)
-    code = script.main(
-        [
-            *FOLDER, "--resolution=16", "--train_batch_size=2", "--max_train_steps=2", "--learning_rate=0.01",
-            "--output_dir=out", "--train_text_encoder", "--validation_prompt=a dog", "--num_validation_images=1",
-            "--report_to=none", "--rank=2", "--guidance_scale=1", "--text_encoder_lr=0.01",
-        ]
-    )  # fmt: skip
-    assert code == 0
-    found = read(tmp_path / "out" / WEIGHTS)
+    monkeypatch.chdir(write_world(tmp_path, 2, family="flux", pictures="dog", caption=None))
+    flags = ("--train_text_encoder", "--text_encoder_lr=0.01", "--guidance_scale=1")
+    preview = ("--validation_prompt=a dog", "--num_validation_images=1")
+    found = trained(script, tmp_path, *FOLDER, *flags, *preview)
     assert found.dialect == "diffusers" and found.state.metadata.base_family == "flux"
-    assert {path.partition(".")[0] for path in found.state.layers} == {"transformer", "text_encoder"}
-    events = [json.loads(line) for line in (tmp_path / "out/events.jsonl").read_text().splitlines()]
-    assert sum("loss" in event for event in events) >= 2
+    assert found.state.roots == {"transformer", "text_encoder"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,101 +9,40 @@ import pytest
 
 from scumble.adapters.layers import layers_of
 from scumble.adapters.targets import resolve
-from scumble.formats import read
 from scumble.models import FAMILIES
-from tests.scripts.commands import WEIGHTS, about, at, defaults, load, named_in, run_config
+from tests.runs.worlds import write_world
+from tests.scripts.commands import (
+    FOLDER,
+    NEEDED,
+    about,
+    at,
+    defaults,
+    load,
+    meaning,
+    named_in,
+    notes_of,
+    run_config,
+    trained,
+)
+from tests.scripts.theirs import SUBJECT_FLOW
 
-#: every flag of diffusers 0.42's script with its default; `...` for a required one
 THEIRS: dict[str, Any] = {
-    "pretrained_model_name_or_path": ...,
-    "revision": None,
-    "variant": None,
-    "dataset_name": None,
-    "dataset_config_name": None,
-    "instance_data_dir": None,
-    "cache_dir": None,
-    "image_column": "image",
-    "caption_column": None,
-    "repeats": 1,
-    "class_data_dir": None,
-    "instance_prompt": ...,
-    "class_prompt": None,
+    **SUBJECT_FLOW,
     "max_sequence_length": 77,
-    "validation_prompt": None,
-    "num_validation_images": 4,
-    "validation_epochs": 50,
-    "rank": 4,
-    "lora_dropout": 0.0,
-    "with_prior_preservation": False,
-    "prior_loss_weight": 1.0,
-    "num_class_images": 100,
     "output_dir": "sd3-dreambooth",
-    "seed": None,
-    "resolution": 512,
-    "center_crop": False,
-    "random_flip": False,
-    "train_text_encoder": False,
-    "train_batch_size": 4,
-    "sample_batch_size": 4,
-    "num_train_epochs": 1,
-    "max_train_steps": None,
-    "checkpointing_steps": 500,
-    "checkpoints_total_limit": None,
-    "resume_from_checkpoint": None,
-    "gradient_accumulation_steps": 1,
-    "gradient_checkpointing": False,
-    "learning_rate": 1e-4,
-    "text_encoder_lr": 5e-6,
-    "scale_lr": False,
-    "lr_scheduler": "constant",
-    "lr_warmup_steps": 500,
-    "lr_num_cycles": 1,
-    "lr_power": 1.0,
-    "dataloader_num_workers": 0,
     "weighting_scheme": "logit_normal",
-    "logit_mean": 0.0,
-    "logit_std": 1.0,
-    "mode_scale": 1.29,
     "precondition_outputs": 1,
-    "optimizer": "AdamW",
-    "use_8bit_adam": False,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.999,
-    "prodigy_beta3": None,
-    "prodigy_decouple": True,
-    "adam_weight_decay": 1e-4,
-    "adam_weight_decay_text_encoder": 1e-3,
-    "lora_layers": None,
     "lora_blocks": None,
-    "adam_epsilon": 1e-8,
-    "prodigy_use_bias_correction": True,
-    "prodigy_safeguard_warmup": True,
-    "max_grad_norm": 1.0,
-    "push_to_hub": False,
-    "hub_token": None,
-    "hub_model_id": None,
-    "logging_dir": "logs",
-    "allow_tf32": False,
-    "cache_latents": False,
-    "report_to": "tensorboard",
-    "mixed_precision": None,
-    "upcast_before_saving": False,
-    "prior_generation_precision": None,
-    "local_rank": -1,
 }
-REQUIRED = ("--pretrained_model_name_or_path=base", "--instance_prompt=a photo of sks dog")
-FOLDER = (*REQUIRED, "--instance_data_dir=dog")
 
 script = load("train_dreambooth_lora_sd3")
 
 
-def config(*flags: str, **world: Any) -> Any:
-    return run_config(script, [*FOLDER, *flags], **world)
+config = meaning(script, FOLDER)
 
 
 def test_the_flags_are_theirs_with_their_defaults() -> None:
     assert defaults(script) == THEIRS
-    assert len({flag.name for flag in script.FLAGS}) == len(script.FLAGS)
 
 
 LEVELS = "train.objective.timesteps"
@@ -173,7 +111,7 @@ def test_every_flag_is_in_a_table_or_shared() -> None:
 
 
 def test_captions_of_a_dataset_take_the_place_of_the_prompt() -> None:
-    found = run_config(script, [*REQUIRED, "--dataset_name=owner/dogs", "--caption_column=said"])
+    found = run_config(script, [*NEEDED, "--dataset_name=owner/dogs", "--caption_column=said"])
     assert found.data.images == "owner/dogs" and found.data.caption_column == "said"
     assert found.dreambooth.instance_prompt is None
 
@@ -194,7 +132,7 @@ def test_targets_are_the_layers_that_diffusers_trains() -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ((*REQUIRED,), "either --dataset_name"),
+        ((*NEEDED,), "either --dataset_name"),
         ((*FOLDER, "--dataset_name=owner/dogs"), "either --dataset_name"),
         ((*FOLDER, "--optimizer=sgd"), "Use AdamW or prodigy"),
         ((*FOLDER, "--lora_blocks=first"), "give numbers of blocks"),
@@ -207,33 +145,14 @@ def test_what_can_not_be_honoured_is_refused(flags: tuple[str, ...], said: str) 
 
 
 def test_notes_name_what_is_not_used() -> None:
-    flags = script.parser().parse_args([*FOLDER, "--max_sequence_length=128", "--train_text_encoder"])
-    notes = " ".join(script.COMMAND.notes(flags))
+    notes = " ".join(notes_of(script, *FOLDER, "--max_sequence_length=128", "--train_text_encoder"))
     assert "--max_sequence_length=128 is not used" in notes and "--adam_weight_decay_text_encoder" in notes
-    assert script.COMMAND.notes(script.parser().parse_args([*FOLDER])) == []
+    assert notes_of(script, *FOLDER) == []
 
 
 def test_the_whole_of_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from PIL import Image
-
-    from scumble.models.tiny import save
-
-    save("sd3", tmp_path / "base")
-    (tmp_path / "dog").mkdir()
-    for number in range(2):
-        Image.new("RGB", (16, 16), (90 * number, 200, 90)).save(tmp_path / f"dog/{number}.png")
-    monkeypatch.chdir(tmp_path)
-    code = script.main(
-        [
-            *FOLDER, "--resolution=16", "--train_batch_size=2", "--max_train_steps=2", "--learning_rate=0.01",
-            "--output_dir=out", "--train_text_encoder", "--validation_prompt=a dog", "--num_validation_images=1",
-            "--report_to=none", "--rank=2",
-        ]
-    )  # fmt: skip
-    assert code == 0
-    found = read(tmp_path / "out" / WEIGHTS)
+    monkeypatch.chdir(write_world(tmp_path, 2, family="sd3", pictures="dog", caption=None))
+    flags = ("--train_text_encoder", "--validation_prompt=a dog", "--num_validation_images=1")
+    found = trained(script, tmp_path, *FOLDER, *flags)
     assert found.dialect == "diffusers" and found.state.metadata.base_family == "sd3"
-    roots = {path.partition(".")[0] for path in found.state.layers}
-    assert roots == {"transformer", "text_encoder", "text_encoder_2"}
-    events = [json.loads(line) for line in (tmp_path / "out/events.jsonl").read_text().splitlines()]
-    assert sum("loss" in event for event in events) >= 2
+    assert found.state.roots == {"transformer", "text_encoder", "text_encoder_2"}

@@ -11,6 +11,7 @@ import pytest
 
 from tests.runs.worlds import drawn_by_diffusers, write_world
 from tests.scripts.commands import (
+    RUN_ROWS,
     WEIGHTS,
     about,
     at,
@@ -19,62 +20,14 @@ from tests.scripts.commands import (
     load,
     lose_the_end,
     named_in,
+    notes_of,
     run_config,
 )
+from tests.scripts.theirs import CAPTIONED
 
-#: every flag of diffusers 0.42's script with its default; `...` for a required one
 THEIRS: dict[str, Any] = {
-    "pretrained_model_name_or_path": ...,
-    "revision": None,
-    "variant": None,
-    "dataset_name": None,
-    "dataset_config_name": None,
-    "train_data_dir": None,
-    "image_column": "image",
-    "caption_column": "text",
-    "validation_prompt": None,
-    "num_validation_images": 4,
-    "validation_epochs": 1,
-    "max_train_samples": None,
-    "output_dir": "sd-model-finetuned-lora",
-    "cache_dir": None,
-    "seed": None,
+    **CAPTIONED,
     "resolution": 512,
-    "center_crop": False,
-    "random_flip": False,
-    "train_batch_size": 16,
-    "num_train_epochs": 100,
-    "max_train_steps": None,
-    "gradient_accumulation_steps": 1,
-    "gradient_checkpointing": False,
-    "learning_rate": 1e-4,
-    "scale_lr": False,
-    "lr_scheduler": "constant",
-    "lr_warmup_steps": 500,
-    "snr_gamma": None,
-    "use_8bit_adam": False,
-    "allow_tf32": False,
-    "dataloader_num_workers": 0,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.999,
-    "adam_weight_decay": 1e-2,
-    "adam_epsilon": 1e-08,
-    "max_grad_norm": 1.0,
-    "push_to_hub": False,
-    "hub_token": None,
-    "prediction_type": None,
-    "hub_model_id": None,
-    "logging_dir": "logs",
-    "mixed_precision": None,
-    "report_to": "tensorboard",
-    "local_rank": -1,
-    "checkpointing_steps": 500,
-    "checkpoints_total_limit": None,
-    "resume_from_checkpoint": None,
-    "enable_xformers_memory_efficient_attention": False,
-    "noise_offset": 0,
-    "rank": 4,
-    "image_interpolation_mode": "lanczos",
 }
 
 
@@ -96,9 +49,7 @@ def test_the_flags_are_theirs_with_their_defaults() -> None:
 
 
 ROWS: list[tuple[str, str, Any]] = [
-    ("--pretrained_model_name_or_path=owner/base", "base", "owner/base"),
-    ("--revision=fp16", "revision", "fp16"),
-    ("--variant=fp16", "variant", "fp16"),
+    *RUN_ROWS,
     ("--dataset_name=owner/pictures", "data.images", "owner/pictures"),
     ("--dataset_name=owner/pictures --train_data_dir=x", "data.images", "owner/pictures"),
     ("--dataset_name=imagefolder --train_data_dir=x", "data.images", "x"),
@@ -111,61 +62,30 @@ ROWS: list[tuple[str, str, Any]] = [
     ("--validation_prompt=Totoro", "preview.steps", 30),
     ("--validation_prompt=Totoro --seed=1337", "preview.seed", 1337),
     ("--validation_prompt=x --num_validation_images=2", "preview.count", 2),
-    ("--num_validation_images=2", "preview.prompts", ()),
     ("--validation_prompt=x --validation_epochs=3 --train_batch_size=4", "train.preview_every", 15),
     ("--validation_epochs=3", "train.preview_every", 0),
     ("--max_train_samples=7", "data.max_samples", 7),
-    ("--output_dir=out", "output", Path("out")),
     ("", "output", Path("sd-model-finetuned-lora")),
-    ("--seed=1337", "train.seed", 1337),
     ("", "train.seed", 0),
-    ("--resolution=256", "data.resolution", 256),
-    ("", "data.resolution", 512),
-    ("--center_crop", "data.center_crop", True),
-    ("", "data.center_crop", False),
     ("--random_flip", "data.random_flip", True),
-    ("--train_batch_size=3", "train.batch", 3),
     ("", "train.batch", 16),
     ("--num_train_epochs=5 --train_batch_size=4", "train.steps", 25),
-    ("--num_train_epochs=5 --max_train_steps=15000", "train.steps", 15000),
-    ("--gradient_accumulation_steps=4", "train.accumulate", 4),
-    ("--gradient_checkpointing", "train.gradient_checkpointing", True),
-    ("--learning_rate=1e-05", "train.optimizer.learning_rate", 1e-5),
     ("--scale_lr --learning_rate=1e-05 --train_batch_size=2 --gradient_accumulation_steps=4",
      "train.optimizer.learning_rate", 8e-5),
-    ("--lr_scheduler=cosine", "train.schedule.name", "cosine"),
     ("--lr_scheduler=cosine", "train.schedule.warmup_steps", 500),
     ("--lr_scheduler=cosine --lr_warmup_steps=0", "train.schedule.warmup_steps", 0),
     ("--lr_scheduler=constant", "train.schedule.warmup_steps", 0),
     ("--snr_gamma=5.0", "train.objective.snr_gamma", 5.0),
     ("", "train.objective.snr_gamma", None),
-    ("--use_8bit_adam", "train.optimizer.name", "adamw8bit"),
     ("", "train.optimizer.name", "adamw"),
-    ("--allow_tf32", "train.tf32", True),
-    ("--dataloader_num_workers=8", "data.workers", 8),
-    ("--adam_beta1=0.8", "train.optimizer.betas", (0.8, 0.999)),
-    ("--adam_beta2=0.99", "train.optimizer.betas", (0.9, 0.99)),
-    ("--adam_weight_decay=0.1", "train.optimizer.weight_decay", 0.1),
-    ("--adam_epsilon=1e-6", "train.optimizer.epsilon", 1e-6),
     ("--max_grad_norm=0.5", "train.max_grad_norm", 0.5),
-    ("--max_grad_norm=0", "train.max_grad_norm", None),
-    ("--push_to_hub", "hub.push", True),
-    ("--push_to_hub --hub_model_id=me/fox", "hub.id", "me/fox"),
     ("--hub_model_id=me/fox", "hub.push", False),
     ("--prediction_type=v_prediction", "prediction", "v_prediction"),
-    ("--mixed_precision=bf16", "train.precision", "bf16"),
     ("", "train.precision", "no"),
     ("--report_to=wandb", "trackers", ("wandb",)),
     ("--report_to=all", "trackers", ("tensorboard", "wandb")),
-    ("--report_to=none", "trackers", ()),
     ("", "trackers", ("tensorboard",)),
-    ("--checkpointing_steps=100", "train.checkpoint_every", 100),
-    ("--checkpoints_total_limit=2", "train.checkpoint_limit", 2),
     ("--noise_offset=0.1", "train.objective.noise_offset", 0.1),
-    ("--rank=16", "adapter.rank", 16),
-    ("--rank=16", "adapter.alpha", None),
-    ("", "adapter.targets", "attention"),
-    ("--image_interpolation_mode=bicubic", "data.interpolation", "bicubic"),
     ("", "data.interpolation", "lanczos"),
 ]  # fmt: skip
 
@@ -225,15 +145,8 @@ def test_a_wrong_value_is_named_by_its_flag() -> None:
 
 
 def test_notes_say_what_is_otherwise() -> None:
-    flags = script.parser().parse_args(
-        [
-            "--pretrained_model_name_or_path=b",
-            "--dataset_name=d",
-            "--train_data_dir=x",
-            "--enable_xformers_memory_efficient_attention",
-        ]
-    )
-    notes = [note for flag in script.FLAGS if (note := flag.note(getattr(flags, flag.name), flags))]
+    flags = ("--dataset_name=d", "--train_data_dir=x", "--enable_xformers_memory_efficient_attention")
+    notes = notes_of(script, "--pretrained_model_name_or_path=b", *flags)
     assert len(notes) == 2 and "not used" in notes[0] and "scaled_dot_product_attention" in notes[1]
 
 

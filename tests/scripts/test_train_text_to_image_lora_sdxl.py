@@ -7,79 +7,37 @@ from typing import Any
 
 import pytest
 
-from scumble.formats import read
-from tests.scripts.commands import WEIGHTS, about, at, defaults, load, named_in, run_config
+from tests.runs.worlds import write_world
+from tests.scripts.commands import (
+    about,
+    at,
+    defaults,
+    load,
+    meaning,
+    named_in,
+    notes_of,
+    trained,
+)
+from tests.scripts.theirs import CAPTIONED
 
-#: every flag of diffusers 0.42's script with its default; `...` for a required one
 THEIRS: dict[str, Any] = {
-    "pretrained_model_name_or_path": ...,
+    **CAPTIONED,
     "pretrained_vae_model_name_or_path": None,
-    "revision": None,
-    "variant": None,
-    "dataset_name": None,
-    "dataset_config_name": None,
-    "train_data_dir": None,
-    "image_column": "image",
-    "caption_column": "text",
-    "validation_prompt": None,
-    "num_validation_images": 4,
-    "validation_epochs": 1,
-    "max_train_samples": None,
-    "output_dir": "sd-model-finetuned-lora",
-    "cache_dir": None,
-    "seed": None,
     "resolution": 1024,
-    "center_crop": False,
-    "random_flip": False,
     "train_text_encoder": False,
-    "train_batch_size": 16,
-    "num_train_epochs": 100,
-    "max_train_steps": None,
-    "checkpointing_steps": 500,
-    "checkpoints_total_limit": None,
-    "resume_from_checkpoint": None,
-    "gradient_accumulation_steps": 1,
-    "gradient_checkpointing": False,
-    "learning_rate": 1e-4,
-    "scale_lr": False,
-    "lr_scheduler": "constant",
-    "lr_warmup_steps": 500,
-    "snr_gamma": None,
-    "allow_tf32": False,
-    "dataloader_num_workers": 0,
-    "use_8bit_adam": False,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.999,
-    "adam_weight_decay": 1e-2,
-    "adam_epsilon": 1e-08,
-    "max_grad_norm": 1.0,
-    "push_to_hub": False,
-    "hub_token": None,
-    "prediction_type": None,
-    "hub_model_id": None,
-    "logging_dir": "logs",
-    "report_to": "tensorboard",
-    "mixed_precision": None,
-    "local_rank": -1,
-    "enable_xformers_memory_efficient_attention": False,
     "enable_npu_flash_attention": False,
-    "noise_offset": 0,
-    "rank": 4,
     "debug_loss": False,
-    "image_interpolation_mode": "lanczos",
 }
 GIVEN = ("--pretrained_model_name_or_path=base", "--train_data_dir=pictures")
 
 script = load("train_text_to_image_lora_sdxl")
 
 
-def config(*flags: str, **world: Any) -> Any:
-    return run_config(script, [*GIVEN, *flags], **world)
+config = meaning(script, GIVEN)
 
 
 def test_the_flags_are_theirs_with_their_defaults() -> None:
     assert defaults(script) == THEIRS
-    assert len({flag.name for flag in script.FLAGS}) == len(script.FLAGS)
 
 
 ROWS: list[tuple[str, str, Any]] = [
@@ -117,26 +75,14 @@ def test_what_can_not_be_honoured_is_refused(flag: str) -> None:
 
 
 def test_another_vae_is_noted() -> None:
-    flags = script.parser().parse_args([*GIVEN, "--pretrained_vae_model_name_or_path=madebyollin/fix"])
-    (note,) = script.COMMAND.notes(flags)
+    (note,) = notes_of(script, *GIVEN, "--pretrained_vae_model_name_or_path=madebyollin/fix")
     assert "madebyollin/fix is not used" in note and "fp32" in note
-    assert script.COMMAND.notes(script.parser().parse_args([*GIVEN])) == []
+    assert notes_of(script, *GIVEN) == []
 
 
 def test_the_whole_of_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.runs.worlds import write_world
-
-    write_world(tmp_path, 3, family="sdxl", wider=4, size=(20, 16))
-    monkeypatch.chdir(tmp_path)
-    code = script.main(
-        [
-            *GIVEN, "--resolution=16", "--train_batch_size=2", "--max_train_steps=2", "--learning_rate=0.01",
-            "--random_flip", "--output_dir=out", "--train_text_encoder", "--validation_prompt=a colour",
-            "--num_validation_images=1", "--report_to=none", "--rank=2",
-        ]
-    )  # fmt: skip
-    assert code == 0
-    found = read(tmp_path / "out" / WEIGHTS)
+    monkeypatch.chdir(write_world(tmp_path, 3, family="sdxl", wider=4, size=(20, 16)))
+    flags = ("--random_flip", "--train_text_encoder", "--validation_prompt=a colour")
+    found = trained(script, tmp_path, *GIVEN, *flags, "--num_validation_images=1")
     assert found.dialect == "diffusers" and found.state.metadata.base_family == "sdxl"
-    roots = {path.partition(".")[0] for path in found.state.layers}
-    assert roots == {"unet", "text_encoder", "text_encoder_2"}
+    assert found.state.roots == {"unet", "text_encoder", "text_encoder_2"}

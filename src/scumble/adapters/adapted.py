@@ -74,19 +74,21 @@ class Adapted(nn.Module):
         Raises:
             AdapterError: the layer already has a delta of that name.
         """
-        if name in self:
+        key = module_key(name)
+        if key in self.dials:
             raise AdapterError(
                 f"This layer already has an adapter {name!r}. Eject it first, or choose another name."
             )
-        self.deltas[module_key(name)] = delta
-        self.dials[module_key(name)] = strength if isinstance(strength, Dial) else Dial(strength)
-        self._read = None
+        self.deltas._modules[key] = delta
+        self.dials[key] = strength if isinstance(strength, Dial) else Dial(strength)
+        self.__dict__["_read"] = None
 
     def remove(self, name: str) -> None:
         """Take the delta called `name` off."""
-        del self.deltas[module_key(name)]
-        del self.dials[module_key(name)]
-        self._read, self._acting, self._stack = None, (), None
+        key = module_key(name)
+        del self.deltas._modules[key]
+        del self.dials[key]
+        self.__dict__.update(_read=None, _acting=(), _stack=None)
 
     @property
     def strengths(self) -> dict[str, float | Tensor]:
@@ -98,7 +100,7 @@ class Adapted(nn.Module):
         self.dials[module_key(name)].value = strength
 
     def __contains__(self, name: str) -> bool:
-        return module_key(name) in self.deltas
+        return module_key(name) in self.dials
 
     def forward(self, x: Tensor) -> Tensor:
         """The changed layer, in the base's shapes: (..., in) -> (..., out), or (B, C, H, W) -> (B, O, h, w).
@@ -121,7 +123,7 @@ class Adapted(nn.Module):
             return self.base(x)
         if single:  # the family may do base and change in one
             delta, dial = acting[0]
-            return delta(x, self.base, _per_sample(dial.value, x))
+            return delta(x, self.base, _per_sample(_amount(dial), x))
         return self._sum(x, acting) if whole else self._add_up(x, acting)
 
     def _find(self) -> tuple[tuple[Delta, Dial], ...]:
@@ -134,7 +136,7 @@ class Adapted(nn.Module):
         y = self.base(x)
         total = y
         for delta, dial in acting:
-            total = total + (_per_sample(dial.value, x) * delta.output_delta(x, y, self.base)).to(y.dtype)
+            total = total + (_per_sample(_amount(dial), x) * delta.output_delta(x, y, self.base)).to(y.dtype)
         return total
 
     def _add_up(self, x: Tensor, acting: tuple[tuple[Delta, Dial], ...]) -> Tensor:
@@ -162,9 +164,16 @@ class Adapted(nn.Module):
         return "strengths: " + ", ".join(said)
 
 
+def _amount(dial: Dial) -> float | Tensor:
+    """The strength as code reads it: a number would be compiled in, and another one compiled anew."""
+    if dial.gain is None or isinstance(dial.value, Tensor) or not torch.compiler.is_compiling():
+        return dial.value
+    return dial.gain
+
+
 def _per_sample(strength: float | Tensor, x: Tensor) -> float | Tensor:
     """A number as it is; (B,) as (N, 1, ..., 1) with N the samples in `x` and as many dimensions as `x`."""
-    if not isinstance(strength, Tensor):
+    if not isinstance(strength, Tensor) or strength.dim() == 0:
         return strength
     check_samples(strength, x)
     return strength.to(x.device).repeat(x.shape[0] // len(strength)).view(-1, *(1 for _ in x.shape[1:]))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Self
 
@@ -18,7 +17,7 @@ from scumble.adapters.dial import Dial
 from scumble.adapters.families import FAMILIES
 from scumble.adapters.layers import Place, places
 from scumble.adapters.lora import LoraSettings
-from scumble.adapters.memory import block
+from scumble.adapters.memory import runs
 from scumble.adapters.operate import Layer
 from scumble.adapters.state import AdapterState, LayerPath, LayerState, Metadata, not_finite
 from scumble.adapters.targets import Matched, per_layer, resolve
@@ -27,6 +26,8 @@ from scumble.errors import AdapterError, NotFinite
 from scumble.rng import Streams
 
 _DEFAULT_SETTINGS = LoraSettings()
+_STEP = 16
+"""Numbers of fp32 in 64 bytes: parameters begin at multiples, as torch's own do."""
 
 
 class Adapter:
@@ -133,7 +134,7 @@ class Adapter:
         trainable: bool = False,
         vocabularies: Mapping[str, Vocabulary] | None = None,
         there: Mapping[LayerPath, Place] | None = None,
-        finite: bool = False,
+        fresh: bool = False,
     ) -> Self:
         """The adapter that `state` describes, in this model. Its tensors are copied, to fp32 at least.
 
@@ -145,7 +146,8 @@ class Adapter:
             trainable: False sets requires_grad False and eval mode (no dropout).
             vocabularies: text encoder's name -> its words, where the state's learned tokens come in.
             there: what `places(roots, norms=True)` gives, where the caller has just asked.
-            finite: the caller knows that all numbers are, as `formats.read` has made sure: they are not read again.
+            fresh: the state comes from `formats.read` and goes nowhere else. Its numbers are known to be finite, and
+                those that are fp32 already are taken, not copied.
 
         Raises:
             AdapterError: a layer is not there, its tensors don't fit, the name is taken, or the state holds
@@ -169,15 +171,14 @@ class Adapter:
                 f"e.g. {missing[0]!r}. The model's parts are {', '.join(roots)}; "
                 "the adapter may be for another base."
             )
-        if not finite:
+        if not fresh:
             _check_finite(state)
         deltas: dict[LayerPath, Delta] = {}
-        copies = _copied(state.layers)
-        for path in (path for path in there if path in copies):
-            layer_state = copies[path]
+        mine = _widened(state.layers, take=fresh)
+        for path in (path for path in there if path in mine):
             with naming(path):
-                deltas[path] = delta_of(there[path].layer, layer_state, copy=False)
-            deltas[path].requires_grad_(trainable).train(trainable)
+                deltas[path] = delta_of(there[path].layer, mine[path], copy=False)
+            _set_trainable(deltas[path], trainable)
         tokens = None
         if state.tokens and vocabularies is not None:
             tokens = TokenRows(name, roots, vocabularies, state.tokens, trainable=trainable)
@@ -212,18 +213,22 @@ class Adapter:
             raise AdapterError(
                 f"The model has no layer {gone[0]!r} any more, so {self.name!r} can't be attached."
             )
-        with _all_or_nothing() as undo:
-            for path, delta in self.deltas.items():
-                undo.callback(_detach, self.name, there[path])
-                holder = there[path].holder
+        here = {path: there[path] for path in self.deltas}
+        try:
+            for path, place in here.items():
+                holder = place.holder
                 if not isinstance(holder, Adapted):
-                    holder = Adapted(there[path].layer)
-                    there[path].hang(holder)
-                holder.add(self.name, delta, self._dial)
+                    holder = Adapted(place.layer)
+                    place.hang(holder)
+                holder.add(self.name, self.deltas[path], self._dial)
             self._dial.value = self._strength
             if self.tokens is not None and self._dial.acts and not self.tokens.attached:
                 self.tokens.attach()
-        self._places = {path: there[path] for path in self.deltas}
+        except BaseException:
+            for place in here.values():
+                _detach(self.name, place)
+            raise
+        self._places = here
         return self
 
     def eject(self) -> None:
@@ -401,12 +406,13 @@ def _detach(name: str, place: Place) -> None:
             place.hang(place.layer)
 
 
-@contextmanager
-def _all_or_nothing() -> Iterator[ExitStack]:
-    """A stack of undo steps that run, last first, only if the block raises."""
-    with ExitStack() as undo:
-        yield undo
-        undo.pop_all()
+def _set_trainable(delta: Delta, trainable: bool) -> None:
+    """`delta.requires_grad_(trainable).train(trainable)`, which would take a good part of a load's time."""
+    for module in delta.modules():
+        module.__dict__["training"] = trainable
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad = trainable
 
 
 @contextmanager
@@ -418,31 +424,29 @@ def naming(path: LayerPath) -> Iterator[None]:
         raise type(error)(f"{path}: {error}") from error
 
 
-def _copied(layers: Mapping[LayerPath, LayerState]) -> dict[LayerPath, LayerState]:
-    """The same layers in memory of their own, fp32 at least, in one block a dtype."""
-    sizes: dict[torch.dtype, list[int]] = {}
-    for layer in layers.values():
-        for tensor in layer.tensors.values():
-            sizes.setdefault(wide(tensor.dtype), []).append(_padded(tensor.numel()))
-    pieces = {
-        dtype: iter(block(sum(each) * dtype.itemsize).view(dtype).split(each))
-        for dtype, each in sizes.items()
-    }
-
-    def copied(tensor: Tensor) -> Tensor:
-        mine, count = next(pieces[wide(tensor.dtype)]), tensor.numel()
-        mine = mine if mine.numel() == count else mine[:count]
-        return mine.view(tensor.shape).copy_(tensor.detach())
-
+def _widened(layers: Mapping[LayerPath, LayerState], take: bool) -> dict[LayerPath, LayerState]:
+    """The same layers in fp32 at least and in memory of their own, each tensor at a multiple of 64 bytes; `take`: those
+    that are so already stay where they are."""
+    tensors = [tensor.detach() for layer in layers.values() for tensor in layer.tensors.values()]
+    for flat, members in runs(tensors, _STEP):
+        begin, dtype = tensors[members[0]].data_ptr(), wide(flat.dtype)
+        if take and flat.dtype == dtype and flat.data_ptr() == begin and begin % 64 == 0:
+            continue
+        mine = torch.empty(flat.shape, dtype=dtype, device="cpu").copy_(flat)
+        pieces = mine.split([tensors[index].numel() for index in members])
+        for index, piece in zip(members, pieces, strict=True):
+            tensors[index] = piece.view(tensors[index].shape)
+    made = iter(tensors)
     return {
-        path: replace(layer, tensors={name: copied(tensor) for name, tensor in layer.tensors.items()})
+        path: LayerState(
+            layer.family,
+            layer.rank,
+            layer.alpha,
+            {name: next(made) for name in layer.tensors},
+            layer.rank_stabilized,
+        )
         for path, layer in layers.items()
     }
-
-
-def _padded(count: int) -> int:
-    """Numbers up to the next multiple of 16, where the next tensor may begin: 64 bytes at least."""
-    return -(-count // 16) * 16
 
 
 def _check_finite(state: AdapterState) -> None:

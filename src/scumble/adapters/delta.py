@@ -14,7 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from scumble.adapters.operate import Layer, compute_dtype, operate
-from scumble.adapters.state import LayerState
+from scumble.adapters.state import LayerState, scale_of
 from scumble.errors import AdapterError
 from scumble.settings import Settings
 
@@ -59,6 +59,10 @@ class Delta(nn.Module, ABC):
     rank_stabilized: bool
     scale: float
     """What the change is multiplied by: alpha / r, or alpha / sqrt(r) when rank-stabilized."""
+    gain: Tensor | None = None
+    """`scale` once more, 0-dim fp32, for compiled code (see `compiling.py`). None: nobody asked."""
+    rank_sides: ClassVar[Mapping[str, int]] = {}
+    """Parameter -> its dimension that is the rank, where code compiled for one rank may serve another."""
     reads_output: ClassVar[bool] = True
     """Whether `output_delta` looks at y."""
 
@@ -68,11 +72,12 @@ class Delta(nn.Module, ABC):
         """`tensors` become the parameters, copied to fp32 (or kept when they are already fp32 or fp64)."""
         super().__init__()
         alpha = float(alpha)
-        scale = LayerState(self.family, rank, alpha, {}, rank_stabilized).scale
+        scale = scale_of(rank, alpha, rank_stabilized)
         # past torch's own __setattr__ and its questions, hundreds of which take a good part of a load's time
         self.__dict__.update(rank=rank, alpha=alpha, rank_stabilized=rank_stabilized, scale=scale)
         for name, tensor in tensors.items():
-            self._parameters[name] = nn.Parameter(tensor.detach().to(wide(tensor.dtype)))
+            kept = wide(tensor.dtype)
+            self._parameters[name] = nn.Parameter(tensor if tensor.dtype == kept else tensor.to(kept))
 
     # What a family writes
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from scumble.errors import AdapterError
@@ -31,7 +32,7 @@ class Dial:
     (`torch.cat([latents] * 2)`).
     """
 
-    __slots__ = ("_pieces", "_turn", "_value", "acts")
+    __slots__ = ("_pieces", "_turn", "_value", "acts", "gain")
 
     turned = 0
     """How often any dial was turned: what was read at another count is read anew."""
@@ -39,12 +40,14 @@ class Dial:
     acts: bool
     """Whether it changes anything; strengths per sample count as acting. Read only: an attribute and no property,
     because every layer asks every resident's dial after a switch."""
+    gain: Tensor | None
+    """`value` once more, 0-dim fp32, for compiled code (see `compiling.py`). None: nobody asked."""
     _value: float | Tensor
     _turn: int
     _pieces: dict[int, tuple[Piece, ...]]
 
     def __init__(self, value: float | Tensor = 1.0) -> None:
-        self._turn = 0
+        self._turn, self.gain = 0, None
         self.value = value
 
     @property
@@ -58,6 +61,14 @@ class Dial:
         self.acts = isinstance(value, Tensor) or value != 0.0
         self._pieces = {}
         Dial.turned += 1
+        if self.gain is not None:
+            self.follow(self.gain.device)
+
+    def follow(self, device: torch.device) -> None:
+        """From now on `gain` is kept, on `device`."""
+        # a new tensor each time: a backward pass that is still to come may need the old one
+        value = 0.0 if isinstance(self._value, Tensor) else self._value
+        self.gain = torch.full((), value, device=device)
 
     @property
     def turn(self) -> int:

@@ -7,8 +7,7 @@ whether or not the model is wrapped.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -25,8 +24,7 @@ _COMPILED = "_orig_mod"
 """The attribute in which `torch.compile` keeps the module that it wraps."""
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A layer, and every attribute of the model that holds it.
 
     There is more than one when a library keeps the layer under two names; a wrapper must then go to all of
@@ -41,7 +39,7 @@ class Place:
     def holder(self) -> nn.Module:
         """What hangs there now: the layer itself, or the Adapted around it."""
         parent, name = self.slots[0]
-        return cast(nn.Module, parent._modules[name])
+        return parent._modules[name]  # type: ignore[return-value]
 
     def hang(self, module: nn.Module) -> None:
         """Put `module` in every slot."""

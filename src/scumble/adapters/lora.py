@@ -41,10 +41,12 @@ class Lora(Delta):
 
     family: ClassVar[str] = "lora"
     settings: ClassVar[type[DeltaSettings]] = LoraSettings
+    rank_sides: ClassVar[Mapping[str, int]] = {"down": 0, "up": 1}
     reads_output: ClassVar[bool] = False
 
     down: nn.Parameter
     up: nn.Parameter
+    dropout: float
 
     def __init__(
         self,
@@ -57,7 +59,7 @@ class Lora(Delta):
     ) -> None:
         """`dropout` acts in train mode only, and draws from torch's global generator."""
         super().__init__(tensors, rank=rank, alpha=alpha, rank_stabilized=rank_stabilized)
-        self.dropout = dropout
+        self.__dict__["dropout"] = dropout  # as for the others, see Delta
 
     @classmethod
     def options(cls, settings: DeltaSettings) -> dict[str, Any]:
@@ -69,7 +71,7 @@ class Lora(Delta):
     def shapes(cls, base: Layer, rank: int) -> dict[str, tuple[int, ...]]:
         """`down` has the base's kernel, `up` is a plain product."""
         out, *inner = base.weight.shape
-        return {"down": (rank, *inner), "up": (out, rank, *(1 for _ in inner[1:]))}
+        return {"down": (rank, *inner), "up": (out, rank, *(1,) * (len(inner) - 1))}
 
     def reset(self, generator: torch.Generator) -> None:
         """down uniform in +-1/sqrt(fan_in), as in the paper's code; up zero, so that the change is zero."""
@@ -116,9 +118,11 @@ class Lora(Delta):
 
     def forward(self, x: Tensor, base: Layer, strength: float | Tensor = 1.0) -> Tensor:
         """base(x) + strength * output_delta; on a plain linear layer as one node of the graph."""
-        factor = self.scale * strength
+        compiling = torch.compiler.is_compiling()
+        scale = self.gain if compiling and self.gain is not None else self.scale
+        factor = scale * strength
         # A compiler fuses the plain products by itself, and sees through them better.
-        if not torch.compiler.is_compiling() and not (self.dropout and self.training) and _is_plain(base):
+        if not compiling and not (self.dropout and self.training) and _is_plain(base):
             if torch.is_grad_enabled():
                 return cast(
                     Tensor, _LowRankLinear.apply(x, base.weight, base.bias, self.down, self.up, factor)
@@ -164,6 +168,8 @@ def _is_plain(base: Layer) -> bool:
 def _times(h: Tensor, factor: float | Tensor) -> Tensor:
     """factor * h in h's dtype; `factor` acts on the thin side of the product, where it costs nothing."""
     if isinstance(factor, Tensor):
+        if factor.dim() == 0:  # a number that compiled code reads: rounded once, as a number is
+            return (h.to(torch.promote_types(h.dtype, factor.dtype)) * factor).to(h.dtype)
         return h * factor.to(h.dtype)
     return h if factor == 1.0 else h * factor
 

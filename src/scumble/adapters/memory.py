@@ -1,28 +1,43 @@
-"""Memory: one large block for many tensors, which the system hands out in large pages where it has them.
+"""Memory: tensors that lie side by side in it, taken as the one that they are.
 
-A load asks for as much memory as its file is long, twice. In pages of 4 KiB the system clears and maps thousands of
-them one by one, and that took half of a load's time.
+What hundreds of small tensors are asked one by one takes most of a load's time.
 """
 
 from __future__ import annotations
 
-import mmap
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-LARGE = 2 * 2**20
-"""Bytes of a large page on x86 and most of ARM; smaller blocks come from the ordinary allocator."""
+
+def runs(tensors: Sequence[Tensor], whole: int = 1) -> list[tuple[Tensor, list[int]]]:
+    """Tensors that lie side by side in one memory, as one flat tensor over it.
+
+    Args:
+        tensors: of any shapes, dtypes and devices, none of them empty.
+        whole: a run goes on only after tensors of a multiple of this many numbers.
+
+    Returns:
+        (flat tensor, which of `tensors` lie in it, in its order) of each run; a tensor without neighbours is a run of
+        its own.
+    """
+    found: list[list[int]] = []
+    expected: tuple[object, ...] = ()
+    """Where the next tensor of the run begins, in which storage and of which dtype."""
+    for begin, index in sorted((tensor.data_ptr(), index) for index, tensor in enumerate(tensors)):
+        tensor = tensors[index]
+        dense, count, kind = tensor.is_contiguous(), tensor.numel(), tensor.dtype
+        storage = tensor.untyped_storage().data_ptr()
+        if dense and (begin, storage, kind) == expected:
+            found[-1].append(index)
+        else:
+            found.append([index])
+        expected = (begin + count * kind.itemsize, storage, kind) if dense and not count % whole else ()
+    return [(_flat([tensors[index] for index in members]), members) for members in found]
 
 
-def block(size: int) -> Tensor:
-    """(size,) uint8 on the CPU, of no particular values. It is given back when its last view is gone."""
-    if size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8, device="cpu")
-    # from one boundary of large pages to another: what lies before and after in the reserve is never touched
-    reserve = -(-size // LARGE) * LARGE + LARGE
-    pages = mmap.mmap(-1, reserve, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
-    memory = torch.frombuffer(pages, dtype=torch.uint8)
-    begin = -memory.data_ptr() % LARGE
-    return memory[begin : begin + size]
+def _flat(neighbours: Sequence[Tensor]) -> Tensor:
+    first = neighbours[0]
+    if len(neighbours) == 1:
+        return first.reshape(-1)
+    return first.as_strided((sum(tensor.numel() for tensor in neighbours),), (1,))

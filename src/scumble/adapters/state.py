@@ -14,7 +14,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from scumble.adapters.memory import runs
+
 LayerPath: TypeAlias = str
+
+_AT_ONCE = 2**22
+"""Numbers that are looked at together: 8-bit floats are widened for it."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,12 @@ class LayerState:
     @property
     def scale(self) -> float:
         """s: what the product of the factors is multiplied by."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+        return scale_of(self.rank, self.alpha, self.rank_stabilized)
+
+
+def scale_of(rank: int, alpha: float, rank_stabilized: bool) -> float:
+    """s = alpha / r, or alpha / sqrt(r) when rank-stabilized."""
+    return alpha / (math.sqrt(rank) if rank_stabilized else rank)
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,12 @@ class AdapterState:
     tokens: Mapping[str, TokenState] = field(default_factory=dict)
     metadata: Metadata = field(default_factory=Metadata)
 
+    @property
+    def roots(self) -> set[str]:
+        """The parts of a model that it changes: "unet", "text_encoder", ..."""
+        learned = {root for token in self.tokens.values() for root in token.vectors}
+        return learned | {path.partition(".")[0] for path in self.layers}
+
     def equal(self, other: AdapterState) -> bool:
         """Bit-equality of everything but the metadata's `extra`."""
         if self.layers.keys() != other.layers.keys() or self.tokens.keys() != other.tokens.keys():
@@ -95,25 +111,20 @@ class AdapterState:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of the tensors that hold NaN or infinity; one pass over the numbers, without copies."""
+    """The names of the tensors that hold NaN or infinity; one pass over the numbers."""
+    numbers = {name: t for name, t in tensors.items() if t.is_floating_point() and t.numel()}
+    # NaN and infinity come through a sum, which may itself become too large: only then they are looked for
+    sums = [
+        _comparable(piece).sum() for flat, _ in runs(list(numbers.values())) for piece in flat.split(_AT_ONCE)
+    ]
+    if all(map(math.isfinite, map(float, sums))):
+        return []
+    return [name for name, tensor in numbers.items() if not _finite(tensor)]
 
-    def extremes(tensor: Tensor) -> tuple[Tensor, ...]:
-        # NaN comes through both; torch can't ask this of 8-bit floats
-        return torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor)
 
-    # asked once for all tensors of a dtype, and one by one only where that finds something
-    kinds: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel():
-            kinds.setdefault((tensor.dtype, tensor.device), {})[name] = tensor
-    bad = {
-        name
-        for alike in kinds.values()
-        if not torch.isfinite(torch.stack([end for t in alike.values() for end in extremes(t)])).all()
-        for name, tensor in alike.items()
-        if not torch.isfinite(torch.stack(extremes(tensor))).all()
-    }
-    return [name for name in tensors if name in bad]
+def _finite(tensor: Tensor) -> bool:
+    extremes = torch.aminmax(_comparable(tensor))  # NaN comes through both
+    return all(map(math.isfinite, map(float, extremes)))
 
 
 def _same_tensors(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:

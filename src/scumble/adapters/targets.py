@@ -128,6 +128,13 @@ def resolve(
     return Matched({path: layer for path, layer in layers.items() if path in found}, counts)
 
 
+def named(targets: str | Sequence[str], roots: Sequence[str]) -> list[str]:
+    """Those of `roots` that a target names: "text_encoder" by "text_encoder.attention"."""
+    wanted = (targets,) if isinstance(targets, str) else tuple(targets)
+    firsts = [target.partition(".")[0] for target in wanted]
+    return [root for root in roots if any(_chosen(first, (root,), ()) for first in firsts)]
+
+
 def per_layer(
     patterns: Mapping[str, T], default: T, paths: Sequence[LayerPath], setting: str
 ) -> dict[LayerPath, T]:

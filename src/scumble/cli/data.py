@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from scumble.cli.options import Rest
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -35,6 +37,7 @@ def check(
         None,
         help="The base to train: sets the resolution, and counts the captions' tokens. Loads no weights.",
     ),
+    rest: Rest = None,
     resolution: int | None = typer.Option(None, min=8, help="Side in pixels. Unset: the base's, or 512."),
     caption: str | None = typer.Option(None, help="One prompt for all pictures."),
     image_column: str = typer.Option("image", help="Column that holds the picture or names its file."),
@@ -76,7 +79,7 @@ def check(
         buckets=buckets,
         allow_upscale=not no_upscale,
     )
-    facts, counter = (None, None) if base is None else (_facts(base), _token_counter(base))
+    facts, counter = (None, None) if base is None else (_facts(base, rest), _token_counter(base, rest))
     console = Console()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("opening", total=None)
@@ -96,22 +99,22 @@ def check(
         raise typer.Exit(1)
 
 
-def _facts(base: str) -> BaseFacts:
+def _facts(base: str, rest: str | None) -> BaseFacts:
     from scumble.errors import ModelError
     from scumble.models.loading import describe_base
 
-    facts = describe_base(base)
+    facts = describe_base(base, rest=rest)
     if facts.problems:
         raise ModelError("\n".join(facts.problems))
     return facts
 
 
-def _token_counter(base: str) -> TokenCounter | None:
+def _token_counter(base: str, rest: str | None) -> TokenCounter | None:
     """Counts tokens by the base's tokenizers; None where it has none of its own (a single checkpoint)."""
     from scumble.models.loading import load_tokenizers
     from scumble.models.text import Words
 
-    words = [Words(tokenizer, tokenizer.model_max_length) for tokenizer in load_tokenizers(base)]
+    words = [Words(tokenizer, tokenizer.model_max_length) for tokenizer in load_tokenizers(base, rest=rest)]
     if not words:
         return None
 

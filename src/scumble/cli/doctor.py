@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from scumble.cli.options import Rest
+
 if TYPE_CHECKING:
     import torch
 
@@ -72,6 +74,7 @@ def doctor(
     variant: Annotated[
         str | None, typer.Option(help="Variant of the base's weight files, e.g. fp16.")
     ] = None,
+    rest: Rest = None,
 ) -> None:
     """Check this machine, and name the fix for what is wrong."""
     from rich.console import Console
@@ -80,7 +83,7 @@ def doctor(
     console = Console(highlight=False, soft_wrap=True)
     style = {"ok": "green", "note": "yellow", "failed": "bold red"}
     failed = 0
-    for line in findings() if base is None else base_findings(base, revision, variant):
+    for line in findings() if base is None else base_findings(base, revision, variant, rest):
         failed += line.verdict == "failed"
         text = Text.assemble((f"{line.verdict:<7}", style[line.verdict]), f"{line.what:<22}{line.found}")
         console.print(text)
@@ -117,14 +120,16 @@ def findings() -> Iterator[Line]:
             )
 
 
-def base_findings(source: str, revision: str | None = None, variant: str | None = None) -> Iterator[Line]:
+def base_findings(
+    source: str, revision: str | None = None, variant: str | None = None, rest: str | None = None
+) -> Iterator[Line]:
     """Every line on a base, told from its configs and the headers of its files."""
     import torch
 
     from scumble.models.loading import look_at
     from scumble.models.needs import RANK, needs_of
 
-    look = look_at(source, revision=revision, variant=variant)
+    look = look_at(source, revision=revision, variant=variant, rest=rest)
     configs, facts = look.configs, look.facts
     for problem in facts.problems:
         yield Line("failed", "base", problem, "repair it as said, then run this again")
@@ -140,7 +145,8 @@ def base_findings(source: str, revision: str | None = None, variant: str | None 
     found = None if facts.problems else needs_of(configs, facts, torch.bfloat16, look.tokenizers)
     counted = {part.name: part.parameters for part in found.parts} if found else {}
     for part, config in configs.parts.items():
-        yield _part_line(part, str(config["_class_name"]), counted, configs, look.folder)
+        folder = configs.elsewhere.get(part, look.folder)
+        yield _part_line(part, str(config["_class_name"]), counted, configs, folder)
     for note in facts.notes:
         yield Line(
             "note", "assumed", note, "check that this is so; load_base takes another prediction or tokenizer"
@@ -148,6 +154,8 @@ def base_findings(source: str, revision: str | None = None, variant: str | None 
     if found is None:
         return
     free, where = _free_memory()
+    late = [part.name for part in found.parts if part.late]
+    without = f", {' and '.join(late)} only while prompts are read" * bool(late)
     for what, needed in {
         "to draw": found.drawing(),
         "to train, least": found.training(checkpointing=True),
@@ -155,11 +163,12 @@ def base_findings(source: str, revision: str | None = None, variant: str | None 
     }.items():
         if needed is None:
             why = "can't be told of a single checkpoint, which holds no vocabulary"
-            yield Line("note", what, why, "save it as a folder in diffusers' layout to be told")
+            yield Line("note", what, why, "name a base that has one with --rest to be told")
             continue
         how = {
             "to draw": "all parts in bf16",
-            "to train, least": f"a LoRA of rank {RANK} on attention, one picture at a time, gradient checkpointing",
+            "to train, least": f"a LoRA of rank {RANK} on attention, one picture at a time{without}, gradient "
+            "checkpointing",
             "to train, fastest": "the same without gradient checkpointing",
         }[what]
         text = f"{_size(needed)} and more: {how}; {_size(free)} free {where}"
@@ -180,6 +189,8 @@ def _part_line(
         return Line("failed", part, f"{kind}, without {', '.join(lacks)}", "download the base again")
     number = counted.get(part) or configs.parameters.get(part, 0)
     size = f", {number / 1e6:,.1f} million parameters" if number else ""
+    if configs.lacking.get(part):
+        return Line("failed", part, f"{kind}, not in the file", "take it from another base, with --rest")
     if folder is None:
         return Line("ok", part, f"{kind}{size}, in the file ({configs.weights_dtype})")
     files = sorted((folder / part).glob("*.safetensors")) if (folder / part).is_dir() else []

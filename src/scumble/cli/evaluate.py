@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from scumble.cli.options import Rest
+
 if TYPE_CHECKING:
     from scumble.evaluation.result import Evaluation, Judged
 
@@ -35,6 +37,7 @@ def evaluate(
         Path | None, typer.Option(help="The training pictures. Unset: those in the run's settings.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base. Unset: the one of the run.")] = None,
+    rest: Rest = None,
     clip: Annotated[
         str | None,
         typer.Option(help="A CLIP model for real bases: a folder, or a Hub id in the local cache."),
@@ -70,6 +73,7 @@ def evaluate(
             class_phrase=class_phrase,
             images=images,
             base=base,
+            rest=rest,
             clip=clip,
             dino=dino,
             output=output,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from scumble.cli.options import Rest
 from scumble.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def generate(
             "Unset: the one that the first adapter was made for."
         ),
     ] = None,
+    rest: Rest = None,
     negative: Annotated[str, typer.Option(help="What the picture should not show.")] = "",
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures; each has its own seed.")] = 1,
     size: Annotated[
@@ -107,7 +109,13 @@ def generate(
     canvas_of(request)  # what is wrong with it is said before a base is loaded
     said = Console(stderr=True, highlight=False, soft_wrap=True)
     with Session(
-        base, uses, dtype=dtype_named(dtype), device=device, batch_size=batch, allow_partial=allow_partial
+        base,
+        uses,
+        dtype=dtype_named(dtype),
+        device=device,
+        batch_size=batch,
+        allow_partial=allow_partial,
+        rest=rest,
     ) as session:
         session.size(request)
         _report(session, uses, said)

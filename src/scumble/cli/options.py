@@ -25,6 +25,14 @@ Base = Annotated[
     typer.Option(help="The adapters' base, for families whose change depends on its weights (DoRA, ...)."),
 ]
 
+Rest = Annotated[
+    str | None,
+    typer.Option(
+        help="Another base, a diffusers folder or a Hub id, from which a .safetensors checkpoint takes what it "
+        "does not hold. Unset: the folder that it lies in, if that is such a base."
+    ),
+]
+
 Variant = Annotated[str | None, typer.Option(help="Of the weight files in a base's folder, e.g. fp16.")]
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]

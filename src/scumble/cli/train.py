@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 FLAGS: dict[str, str] = {
     "base": "base",
+    "rest": "rest",
     "images": "data.images",
     "output": "output",
     "caption": "data.caption",
@@ -51,6 +52,11 @@ def train(
     ),
     base: str | None = typer.Option(
         None, help='"picturebook", a Hub id, a folder or a .safetensors checkpoint.', rich_help_panel=WHAT
+    ),
+    rest: str | None = typer.Option(
+        None,
+        help="Another base, from which a .safetensors checkpoint takes what it does not hold.",
+        rich_help_panel=WHAT,
     ),
     images: str | None = typer.Option(
         None, help="Folder of pictures, or id of a dataset.", rich_help_panel=WHAT

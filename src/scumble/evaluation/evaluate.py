@@ -52,6 +52,7 @@ def evaluate(
     class_phrase: str | None = None,
     images: str | Path | None = None,
     base: str | None = None,
+    rest: str | None = None,
     clip: str | None = None,
     dino: str | None = None,
     output: Path | None = None,
@@ -70,6 +71,7 @@ def evaluate(
         class_phrase: its class in words ("dog"); None takes the subject's last word, "" leaves the class out.
         images: the training pictures' folder; None asks the run's settings, which the file also carries.
         base: the base; None asks the run's settings or the file.
+        rest: where a base that is a single file gets what it does not hold (see `load_base`); None asks the settings.
         clip, dino: models that judge real bases: folders or Hub ids in the local cache.
         output: where to write; None is `evaluation/` in the run, or beside the file.
         device, dtype: of the base, as for Session.
@@ -111,6 +113,7 @@ def evaluate(
         revision=config.revision if config and own else None,
         variant=config.variant if config and own else None,
         prediction=config.prediction if config and own else None,
+        rest=rest or (config.rest if config and own else None),
     )
     with Session(loaded) as session:
         notes += session.base.notes

@@ -24,7 +24,15 @@ from scumble.formats.codec import cannot_represent
 from scumble.formats.container import TensorFile
 from scumble.formats.keymap import LayerNames, classic
 from scumble.formats.metadata import LayerFacts, layer_facts, to_header
-from scumble.formats.pairs import Decoded, Factor, assemble, check_lora, refuse_unsupported, split_factor
+from scumble.formats.pairs import (
+    Decoded,
+    Factor,
+    assemble,
+    beyond_lora,
+    check_lora,
+    refuse_unsupported,
+    split_factor,
+)
 
 _TENSOR = re.compile(
     r"(?P<parent>.+?)(\.processor)?\.to_(?P<which>q|k|v|out)_lora\.(?P<part>down|up)\.weight"
@@ -84,11 +92,9 @@ class AttentionProcessors:
 
     def obstacle(self, state: AdapterState) -> str | None:
         """See `Codec.obstacle`."""
-        if state.tokens:
-            return "it has no place for learned tokens"
+        if (beyond := beyond_lora(state)) is not None:
+            return beyond
         for path, layer in state.layers.items():
-            if layer.family != "lora":
-                return f"it holds lora, not {layer.family}"
             if _spelled(path) is None or layer.tensors["down"].ndim != 2:
                 return f"it holds attention projections only, not {path!r}"
             if SIDES & layer.tensors.keys():

@@ -46,7 +46,7 @@ class ComfyUI:
         if any(FLUX_DOTTED.match(name) for name in file.tensors):
             return False
         return any(
-            split_factor(name)[1] not in ("", "alpha") and _PREFIX.match(name) for name in file.tensors
+            _PREFIX.match(name) and split_factor(name)[1] not in ("", "alpha") for name in file.tensors
         )
 
     def decode(self, file: TensorFile, layers: Collection[LayerPath] | None) -> Decoded:

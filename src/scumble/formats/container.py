@@ -18,13 +18,13 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from scumble.adapters.memory import block
 from scumble.errors import FormatError
 from scumble.formats.pickles import ENDINGS as PICKLES
 from scumble.formats.pickles import is_pickle, load_pickle
@@ -223,7 +223,7 @@ def _read_header(path: Path) -> TensorFile:
         return _without_values(_load(path))
     with _open(path) as stream:
         entries, metadata, _ = _parse(stream, path)
-    return TensorFile(_shells(entries), metadata, path, _sidecars(path))
+    return TensorFile(_Shells(entries), metadata, path, _sidecars(path))
 
 
 def _load(path: Path, look: Callable[[TensorFile], None] | None = None) -> TensorFile:
@@ -235,33 +235,51 @@ def _load(path: Path, look: Callable[[TensorFile], None] | None = None) -> Tenso
         return file
     with _open(path) as stream:
         entries, metadata, start = _parse(stream, path)
-        shells = TensorFile(_shells(entries), metadata, path, _sidecars(path))
+        shells = TensorFile(_Shells(entries), metadata, path, _sidecars(path))
         if look is not None:
             look(shells)
-        content = block(max((end for _, _, _, end in entries.values()), default=0))
+        size = max((end for _, _, _, end in entries.values()), default=0)
+        content = torch.empty(size, dtype=torch.uint8, device="cpu")
         stream.seek(start)
         if stream.readinto(content.numpy()) != len(content):  # type: ignore[attr-defined]
             raise FormatError(f"{path.name} was cut short while it was being read.")
-    return replace(shells, tensors={name: _view(content, entry) for name, entry in entries.items()})
+    return replace(shells, tensors=_views(content, entries))
 
 
-def _shells(entries: Mapping[str, _Entry]) -> dict[str, Tensor]:
-    """Tensors without values."""
-    return {
-        name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape, _, _) in entries.items()
-    }
+class _Shells(Mapping[str, Tensor]):
+    """Tensors without values, each made when it is asked for: names alone tell most of a file."""
+
+    def __init__(self, entries: Mapping[str, _Entry]) -> None:
+        self._entries = entries
+
+    def __getitem__(self, name: str) -> Tensor:
+        dtype, shape, _, _ = self._entries[name]
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 def _without_values(file: TensorFile) -> TensorFile:
     return replace(file, tensors={name: tensor.to("meta") for name, tensor in file.tensors.items()})
 
 
-def _view(content: Tensor, entry: _Entry) -> Tensor:
-    """The tensor that lies in `content`; a copy where foreign writers put it at an address that its numbers can't
+def _views(content: Tensor, entries: Mapping[str, _Entry]) -> dict[str, Tensor]:
+    """The tensors that lie in `content`; copies where foreign writers put them at addresses that their numbers can't
     have."""
-    dtype, shape, begin, end = entry
-    mine = content[begin:end]
-    return (mine.clone() if begin % dtype.itemsize else mine).view(dtype).view(shape)
+    found: dict[str, Tensor] = {}
+    by_place = sorted(entries.items(), key=lambda item: item[1][2])
+    for dtype, alike in groupby(by_place, key=lambda item: item[1][0]):
+        names, places = zip(*alike, strict=True)
+        begin, end = places[0][2], places[-1][3]
+        mine = content[begin:end]
+        numbers = (mine.clone() if begin % dtype.itemsize else mine).view(dtype)
+        parts = numbers.split([math.prod(shape) for _, shape, _, _ in places])
+        found |= {name: part.view(place[1]) for name, part, place in zip(names, parts, places, strict=True)}
+    return {name: found[name] for name in entries}
 
 
 def _is_pickle(path: Path) -> bool:
@@ -349,7 +367,8 @@ def _entry(tensor: str, entry: Any, file: str) -> _Entry:
         raise FormatError(f"{file}: a tensor's name is {len(tensor)} characters long, {tensor[:60]!r}...")
     try:
         dtype_name, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(type(number) is int and 0 <= number < 2**62 for number in (*shape, begin, end))
+        numbers = (*shape, begin, end)
+        whole = set(map(type, numbers)) == {int} and min(numbers) >= 0 and max(numbers) < 2**62
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{file}: the header entry of tensor {tensor!r} is malformed.") from error
     if not whole or len(shape) > 8:
@@ -358,10 +377,10 @@ def _entry(tensor: str, entry: Any, file: str) -> _Entry:
         raise FormatError(
             f"{file}: tensor {tensor!r} has dtype {str(dtype_name)[:20]!r}. Known: {', '.join(_DTYPES)}."
         )
-    dtype = _DTYPES[dtype_name]
-    if math.prod(shape) == 0:
+    dtype, count = _DTYPES[dtype_name], math.prod(shape)
+    if count == 0:
         raise FormatError(f"{file}: tensor {tensor!r} is empty, shape {shape}.")
-    if math.prod(shape) * dtype.itemsize != end - begin:
+    if count * dtype.itemsize != end - begin:
         raise FormatError(
             f"{file}: tensor {tensor!r} of shape {shape} and dtype {dtype_name} can't have {end - begin} "
             f"bytes."
@@ -392,11 +411,15 @@ def to_bytes(file: TensorFile) -> bytes:
     Raises:
         FormatError: a dtype or a text that the container can't hold.
     """
-    return b"".join(_pieces(file))
+    return b"".join(pieces(file))
 
 
-def _pieces(file: TensorFile) -> list[bytes | memoryview]:
-    """What `to_bytes` is made of, in order; the tensors' bytes are not copied."""
+def pieces(file: TensorFile) -> list[bytes | memoryview]:
+    """What `to_bytes` is made of: the header's length, the header, the tensors' bytes, which are not copied.
+
+    Raises:
+        FormatError: as `to_bytes`.
+    """
     # wide dtypes first, as the library does, so that every tensor is aligned to its item size
     order = sorted(file.tensors, key=lambda name: (-file.tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {}
@@ -444,9 +467,9 @@ def save(file: TensorFile, path: Path) -> None:
     Raises:
         FormatError: the disk is full, the folder is read-only, ...; what was at `path` before is untouched.
     """
-    pieces = _pieces(file)
+    content = pieces(file)
     with replacing(path) as stream:
-        stream.writelines(pieces)
+        stream.writelines(content)
 
 
 @contextlib.contextmanager

@@ -52,11 +52,11 @@ class Embedding:
         names = [name for name in file.tensors if not _aside(name)]
         if any(name in _ROOTS for name in names):
             return all(name in _ROOTS for name in names)
-        flat = all(
+        said = TOKENS in file.metadata or len(names) == 1
+        words = all(_BRACKETED.fullmatch(name) or (said and _PLAIN.fullmatch(name)) for name in names)
+        return words and all(
             file.tensors[name].ndim in (1, 2) and file.tensors[name].is_floating_point() for name in names
         )
-        said = TOKENS in file.metadata or len(names) == 1
-        return flat and all(_BRACKETED.fullmatch(name) or (said and _PLAIN.fullmatch(name)) for name in names)
 
     def decode(self, file: TensorFile, layers: Collection[LayerPath] | None) -> Decoded:
         """See `Codec.decode`."""

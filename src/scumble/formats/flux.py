@@ -34,7 +34,16 @@ from scumble.formats.flat_names import FLUX_DOTTED, FLUX_FLAT, expand, flat
 from scumble.formats.keymap import LayerNames, classic, split_root
 from scumble.formats.kohya import hashes, tool_header
 from scumble.formats.metadata import LayerFacts, compact, layer_facts, parse_table, to_header
-from scumble.formats.pairs import Decoded, Factor, assemble, check_lora, refuse_unsupported, split_factor
+from scumble.formats.pairs import (
+    Decoded,
+    Factor,
+    assemble,
+    beyond_lora,
+    check_lora,
+    refuse_integers,
+    refuse_unsupported,
+    split_factor,
+)
 from scumble.formats.scales import alpha_of, settle
 from scumble.formats.tables.modules import CLIP_TEXT, FLUX_TRANSFORMER, T5_TEXT
 
@@ -211,11 +220,8 @@ class _Fused:
 
     def obstacle(self, state: AdapterState) -> str | None:
         """See `Codec.obstacle`."""
-        if state.tokens:
-            return "it has no place for learned tokens"
-        foreign = sorted({layer.family for layer in state.layers.values()} - {"lora"})
-        if foreign:
-            return f"it holds lora, not {', '.join(foreign)}"
+        if (beyond := beyond_lora(state)) is not None:
+            return beyond
         if not any(split_root(path)[0] == "transformer" for path in state.layers):
             return "it is for Flux.1's transformer, of which the adapter changes nothing"
         for path, layer in state.layers.items():
@@ -375,7 +381,7 @@ class XLabs(_Fused):
 
     def matches(self, file: TensorFile) -> bool:
         """Whether any tensor belongs to one of its processors."""
-        return any(self.spelled(name, None).paths for name in file.tensors)
+        return any(FLUX_DOTTED.match(name) and self.spelled(name, None).paths for name in file.tensors)
 
     def spelled(self, name: str, layers: Collection[LayerPath] | None) -> _Spelled:
         """See `_Fused`."""
@@ -464,10 +470,7 @@ def _split(
             f"The factors of {layer!r} have shapes {tuple(down.shape)} and {tuple(up.shape)}; expected (rank, in) and "
             "(out, rank). Not applied."
         )
-    if not (down.is_floating_point() and up.is_floating_point()):
-        raise FormatError(
-            f"The factors of {layer!r} are {down.dtype} and {up.dtype}; expected floating point."
-        )
+    refuse_integers(layer, down, up)
     spelled = [classic(path) for path in paths]
     alpha = {"alpha": alpha_of(file, names["alpha"])} if "alpha" in names else {}
     rank = down.shape[0]

@@ -8,6 +8,7 @@ we are given.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 from scumble.adapters.state import LayerPath
@@ -20,6 +21,7 @@ CLIP_BEGINS = ("encoder.layers.", "final_layer_norm")
 """How the names of CLIP's layers begin, less `text_model.`."""
 
 
+@lru_cache(maxsize=8192)
 def split_root(spelled: str) -> tuple[str, str]:
     """(component, rest) of a layer's name. A component saved alone has no prefix: a text encoder, which its names
     tell, or a UNet."""

@@ -219,6 +219,8 @@ def bias_tensors(spelled: str, parts: Mapping[str, Tensor], out: int | None) -> 
         FormatError: there are two, or it is no number for each of `out` outputs (None: however many there are).
     """
     found = {part: tensor for part, tensor in parts.items() if part in BIASES}
+    if not found:
+        return {}
     tensors = {BIASES[part]: tensor.flatten() for part, tensor in found.items()}
     wrong = any(
         not tensor.is_floating_point() or (out or tensor.numel()) != tensor.numel()

@@ -28,13 +28,14 @@ from scumble.adapters.state import AdapterState, LayerPath, LayerState, Metadata
 from scumble.errors import WrongBase
 from scumble.formats.bundles import with_tokens
 from scumble.formats.codec import cannot_represent, cross_attention_width, down_shapes
-from scumble.formats.container import TensorFile, to_bytes
+from scumble.formats.container import TensorFile, pieces
 from scumble.formats.flat_names import FLUX_FLAT, FlatNames, is_flat, is_sdxl, of_lycoris, spell
 from scumble.formats.metadata import compact, to_header
 from scumble.formats.pairs import (
     Decoded,
     Factor,
     assemble,
+    beyond_lora,
     check_lora,
     refuse_unsupported,
     split_factor,
@@ -46,7 +47,7 @@ _TRANSFORMER = re.compile(
     r"(lora_unet|lycoris)_(transformer_)?(double_blocks|single_blocks|joint_blocks|transformer_blocks|"
     r"single_transformer_blocks)_"
 )
-_LEGACY_WINDOW = slice(0x100000, 0x110000)
+_LEGACY_WINDOW = (0x100000, 0x110000)
 _SAID = {
     "sd1": ("sd_v1", "stable-diffusion-v1/lora", "512x512"),
     "sd2": ("sd_v2", "stable-diffusion-v2-512/lora", "512x512"),
@@ -89,11 +90,8 @@ class Kohya:
 
     def obstacle(self, state: AdapterState) -> str | None:
         """See `Codec.obstacle`."""
-        if state.tokens:
-            return "it has no place for learned tokens"
-        foreign = sorted({layer.family for layer in state.layers.values()} - {"lora"})
-        if foreign:
-            return f"it holds lora, not {', '.join(foreign)}"
+        if (beyond := beyond_lora(state)) is not None:
+            return beyond
         sdxl, seen = is_sdxl(state), dict[str, LayerPath]()
         for path, layer in state.layers.items():
             spelled = None if path.startswith("transformer.") else spell(path, sdxl)
@@ -194,12 +192,18 @@ def hashes(file: TensorFile) -> dict[str, str]:
     """The two hashes by which A1111's network extension and kohya's tools know a file: sha256 of the tensors'
     bytes, and of 64 KiB in its second megabyte, both of the file with `ss_*` entries alone."""
     shown = {key: text for key, text in file.metadata.items() if key.startswith("ss_")}
-    content = to_bytes(TensorFile(file.tensors, shown))
-    whole = hashlib.sha256(memoryview(content)[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
-    legacy = hashlib.sha256(content[_LEGACY_WINDOW]).hexdigest()[:8]
+    content = pieces(TensorFile(file.tensors, shown))
+    digest, legacy, position = hashlib.sha256(), hashlib.sha256(), 0
+    for number, piece in enumerate(content):
+        if number > 1:  # after the header
+            digest.update(piece)
+        begin, end = (max(0, edge - position) for edge in _LEGACY_WINDOW)
+        legacy.update(piece[begin:end])
+        position += len(piece)
+    whole = digest.hexdigest()
     return {
         "sshs_model_hash": whole,
-        "sshs_legacy_hash": legacy,
+        "sshs_legacy_hash": legacy.hexdigest()[:8],
         "modelspec.hash_sha256": f"0x{whole}",
     }
 

@@ -8,13 +8,12 @@ every layer as JSON: `{"default": {"rank": 4, "alpha": 4.0, "rank_stabilized": f
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from scumble.adapters.state import LayerState, Metadata
+from scumble.adapters.state import LayerState, Metadata, scale_of
 from scumble.errors import FormatError
 
 PREFIX = "scumble."
@@ -43,7 +42,7 @@ class LayerFacts:
     @property
     def scale(self) -> float:
         """What the product of the factors is multiplied by."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+        return scale_of(self.rank, self.alpha, self.rank_stabilized)
 
     @staticmethod
     def of(layer: LayerState) -> LayerFacts:

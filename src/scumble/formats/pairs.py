@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,8 +62,7 @@ class Decoded:
     """Every layer that the file describes, found in the base or not, as it spells them."""
 
 
-@dataclass(frozen=True)
-class Factor:
+class Factor(NamedTuple):
     """One tensor's part in a layer."""
 
     name: str
@@ -234,10 +234,7 @@ def _rank(file: TensorFile, spelled: str, found: Mapping[str, str]) -> int:
             f"The factors of {spelled!r} have shapes {tuple(down.shape)} and {tuple(up.shape)}; expected "
             "(rank, in) and (out, rank), or (rank, in, k, k) and (out, rank, 1, 1) for a convolution. Not applied."
         )
-    if not (down.is_floating_point() and up.is_floating_point()):
-        raise FormatError(
-            f"The factors of {spelled!r} are {down.dtype} and {up.dtype}; expected floating point."
-        )
+    refuse_integers(spelled, down, up)
     if "mid" in found:
         mid, rank = file.tensors[found["mid"]], down.shape[0]
         if mid.ndim != 4 or tuple(mid.shape[:2]) != (rank, rank) or down.shape[2:].numel() != 1:
@@ -263,6 +260,22 @@ def _factors(file: TensorFile, found: Mapping[str, str]) -> dict[str, Tensor]:
     if up.ndim > down.ndim:
         up = up.flatten(1)
     return {"down": down, "up": up}
+
+
+def refuse_integers(layer: str, down: Tensor, up: Tensor) -> None:
+    """Raises FormatError where the factors of a layer are no floating-point numbers."""
+    if not (down.is_floating_point() and up.is_floating_point()):
+        raise FormatError(
+            f"The factors of {layer!r} are {down.dtype} and {up.dtype}; expected floating point."
+        )
+
+
+def beyond_lora(state: AdapterState) -> str | None:
+    """Why a dialect that holds LoRA's pairs and nothing else can't hold this; None when it can."""
+    if state.tokens:
+        return "it has no place for learned tokens"
+    foreign = sorted({layer.family for layer in state.layers.values()} - {"lora"})
+    return f"it holds lora, not {', '.join(foreign)}" if foreign else None
 
 
 def check_lora(path: LayerPath, layer: LayerState) -> None:

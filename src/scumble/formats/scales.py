@@ -45,8 +45,9 @@ def settle(
                 alpha = float(rank)
             said[ALPHA_TENSOR] = LayerFacts(rank, alpha)
             tolerance = max(tolerance, _rounding(file.tensors[layer + ".alpha"].dtype))
-        _check(file, layer, rank, said, tolerance)
-        if not said and _limits(file, layer):
+        if said:
+            _check(file, layer, rank, said, tolerance)
+        elif _limits(file, layer):
             said["no limit"] = LayerFacts(rank, 0.0)
         absent += not said
         facts[layer] = next(iter(said.values())) if said else LayerFacts(rank, float(rank))

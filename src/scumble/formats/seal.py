@@ -241,7 +241,7 @@ def _hashes(file: TensorFile) -> dict[str, str]:
         word = str(tensor.dtype).removeprefix("torch.")
         digest.update(f"{len(name)} {name} {word} {list(tensor.shape)}\n".encode())
         if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     entries = {name: text for name, text in file.metadata.items() if name not in (SEAL, SIGNATURE)}
     entries |= {f"file {name}": text for name, text in file.beside.items()}  # peft's rank and alpha
     return {

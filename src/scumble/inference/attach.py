@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, overload
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from scumble.adapters import Adapted, Adapter, base_state
-from scumble.adapters.layers import places
+from scumble.adapters.layers import Place, places
 from scumble.adapters.state import LayerPath, Metadata
 from scumble.errors import AdapterError, NoEffect
 from scumble.formats.codec import Read, cross_attention_width, read
@@ -117,19 +117,18 @@ def load_adapter(
     paths = [path] if isinstance(path, str | Path) else list(path)
     strengths = list(strength) if isinstance(strength, Sequence) else [strength] * len(paths)
     roots = roots_of(pipeline)
-    modules = [module for root in roots.values() for module in _modules(root)]
-    _refuse_peft(modules)
-    names = _names(name, paths, modules)
+    there = places(roots, norms=True)
+    _refuse_peft(there)
+    names = _names(name, paths, there)
     if not paths or len({len(paths), len(strengths), len(names)}) != 1:
         raise AdapterError(
             f"{len(paths)} adapters were given with {len(strengths)} strengths and {len(names)} names; "
             "there must be one of each per adapter."
         )
-    there = places(roots, norms=True)
-    layers = {path: place.layer for path, place in there.items()}
+    shapes = shapes_of(there)
     done: list[Attached] = []
     # everything that can be wrong with files is found before the first layer is touched
-    read_in = [read_checked(where, layers, allow_partial, pipeline, roots) for where in paths]
+    read_in = [read_checked(where, shapes, allow_partial, pipeline, roots) for where in paths]
     try:
         for (found, match, notes), how_much, called in zip(read_in, strengths, names, strict=True):
             words = vocabularies_of(pipeline)
@@ -140,7 +139,7 @@ def load_adapter(
                 strength=how_much,
                 vocabularies=words,
                 there=there,
-                finite=True,
+                fresh=True,
             )
             done.append(Attached(called, adapter, found.path, f"applied {found.report}", notes, match))
     except BaseException:
@@ -192,19 +191,8 @@ def vocabularies_of(pipeline: Any) -> dict[str, Vocabulary]:
     return {encoder: vocabulary_of(words) for encoder, words in found.items() if words is not None}
 
 
-def _modules(root: nn.Module) -> list[nn.Module]:
-    """Every module in `root`, as `root.modules()`, which would take a good part of a load's time."""
-    found, seen = [root], {id(root)}
-    for module in found:  # grows while it is walked
-        for child in module._modules.values():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                found.append(child)
-    return found
-
-
-def _refuse_peft(modules: Sequence[nn.Module]) -> None:
-    if any("base_layer" in module._modules for module in modules):
+def _refuse_peft(there: Mapping[LayerPath, Place]) -> None:
+    if any(path.endswith(".base_layer") for path in there):
         raise AdapterError(
             "This pipeline already holds adapters that diffusers loaded through peft. Take them out first: "
             "pipeline.unload_lora_weights()."
@@ -212,11 +200,11 @@ def _refuse_peft(modules: Sequence[nn.Module]) -> None:
 
 
 def _names(
-    name: str | Sequence[str] | None, paths: Sequence[str | Path], modules: Sequence[nn.Module]
+    name: str | Sequence[str] | None, paths: Sequence[str | Path], there: Mapping[LayerPath, Place]
 ) -> list[str]:
     if name is not None:
         return [name] if isinstance(name, str) else list(name)
-    adapted = [module for module in modules if isinstance(module, Adapted)]
+    adapted = [holder for place in there.values() if isinstance(holder := place.holder, Adapted)]
     names: list[str] = []
     for path in map(Path, paths):
         whole = path.resolve()
@@ -228,9 +216,14 @@ def _names(
     return names
 
 
+def shapes_of(there: Mapping[LayerPath, Place]) -> dict[LayerPath, tuple[int, ...]]:
+    """The shape of every layer's weight."""
+    return {path: place.layer.weight.shape for path, place in there.items()}
+
+
 def read_checked(
     path: str | Path,
-    layers: Mapping[LayerPath, nn.Module],
+    shapes: Mapping[LayerPath, tuple[int, ...]],
     allow_partial: bool,
     pipeline: Any,
     roots: Mapping[str, nn.Module],
@@ -238,13 +231,19 @@ def read_checked(
 ) -> tuple[Read, Match, tuple[str, ...]]:
     """The file, whether the base is the one that it was trained on, and what its user should know of both.
 
-    `base`: what the pipeline was made of, where that is known.
+    Args:
+        path: as for `load_adapter`.
+        shapes: `shapes_of` the model's layers.
+        allow_partial: as for `load_adapter`.
+        pipeline: as for `load_adapter`.
+        roots: the modules that adapters go to, the denoiser first.
+        base: what the pipeline was made of, where that is known.
 
     Raises:
         FormatError: see `formats.read`; WrongBase also where the file names another family than the base's.
         NoEffect: every change in the file is zero.
     """
-    found = read(path, layers, allow_partial=allow_partial)
+    found = read(path, shapes, allow_partial=allow_partial)
     idle = [layer for layer, state in found.state.layers.items() if is_idle(state)]
     if len(idle) == len(found.state.layers) and not found.state.tokens:
         raise NoEffect(
@@ -277,13 +276,13 @@ def read_checked(
             f"It was trained on a base that predicts {said.prediction_type}; this pipeline's scheduler "
             f"says {prediction}."
         )
-    match = compare(said, _used(said, layers, pipeline, roots, base))
+    match = compare(said, _used(said, shapes, pipeline, roots, base))
     return found, match, (*notes, *([match.note] if match.note else []))
 
 
 def _used(
     said: Metadata,
-    layers: Mapping[LayerPath, nn.Module],
+    shapes: Mapping[LayerPath, tuple[int, ...]],
     pipeline: Any,
     roots: Mapping[str, nn.Module],
     base: BaseModel | None,
@@ -292,7 +291,6 @@ def _used(
     if base is not None:
         name, family = base.name, base.family
     else:
-        shapes = {path: cast(Tensor, layer.weight).shape for path, layer in layers.items()}
         width = cross_attention_width(shapes)
         name = str(getattr(getattr(pipeline, "config", None), "_name_or_path", None) or "")
         family = WIDTHS[width][0] if width in WIDTHS else told_by(shapes)

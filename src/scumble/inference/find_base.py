@@ -6,6 +6,7 @@ does the model card (README.md) that stands beside most adapters.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,22 @@ def find_base(adapter: str | Path) -> str:
         f"and {where}.{_shapes_say(file)} Name the base with --base (in Python: Session(base=...)): "
         "picturebook, a Hub id, a folder, or a .safetensors checkpoint."
     )
+
+
+def find_rest(adapter: str | Path, base: str) -> str | None:
+    """The other base from which `base`, a single file, took what it does not hold when `adapter` was trained on it;
+    None where the adapter doesn't say.
+
+    Raises:
+        FormatError, HubError: see `locate`.
+    """
+    told = from_header(read_header(locate(adapter)).metadata).settings
+    try:
+        settings = json.loads(told) if told else None
+    except json.JSONDecodeError:  # another tool's words
+        settings = None
+    said = settings.get("rest") if isinstance(settings, dict) and settings.get("base") == base else None
+    return said if isinstance(said, str) and _may_be_loaded(said) else None
 
 
 def _card(repo: str) -> Path | None:

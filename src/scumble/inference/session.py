@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from scumble.adapters import Adapter, layers_of
+from scumble.adapters import Adapter
+from scumble.adapters.layers import places
 from scumble.errors import AdapterError, ModelError, PrecisionError
 from scumble.inference import attach
 from scumble.inference.canvas import Canvas, canvas_of
 from scumble.inference.drawing import Drawing
-from scumble.inference.find_base import find_base, locate
+from scumble.inference.find_base import find_base, find_rest, locate
 from scumble.inference.provenance import Match
 from scumble.inference.request import AdapterUse, Request
 from scumble.inference.schedulers import build_scheduler, suits, unsuitable
@@ -106,6 +107,7 @@ class Session:
         batch_size: int = 4,
         allow_partial: bool = False,
         adapter_bytes: int = ADAPTER_BYTES,
+        rest: str | Path | None = None,
     ) -> None:
         """
         Args:
@@ -118,6 +120,8 @@ class Session:
             allow_partial: use what fits of an adapter's file when some of its tensors do not, and say so.
             adapter_bytes: what resident adapters may take together; those that a request names are kept
                 whatever they take.
+            rest: what `load_base` takes, of a base that is loaded here: where a single file gets the components from
+                that it does not hold. None asks the first adapter, where that says the base.
 
         Raises:
             ModelError: there is no base, or it can't be loaded.
@@ -125,14 +129,14 @@ class Session:
         """
         uses = [use if isinstance(use, AdapterUse) else AdapterUse(path=Path(use)) for use in adapters]
         if isinstance(base, BaseModel):
-            if dtype is not None or device is not None:
+            if dtype is not None or device is not None or rest is not None:
                 raise ModelError(
-                    "dtype and device are for a base that is loaded here; this one is loaded already. "
+                    "dtype, device and rest are for a base that is loaded here; this one is loaded already. "
                     "Leave them out."
                 )
             self.base = base
         else:
-            self.base = _load(base, uses, dtype, device)
+            self.base = _load(base, uses, dtype, device, rest)
         self.batch_size = max(1, batch_size)
         self._allow_partial = allow_partial
         self._adapter_bytes = adapter_bytes
@@ -269,9 +273,9 @@ class Session:
         if known is not None and known.stamp == stamp:
             self._recent[file] = self._recent.pop(file)
             return known
-        layers = layers_of(self.base.roots, norms=True)
+        there = places(self.base.roots, norms=True)
         found, match, notes = attach.read_checked(
-            file, layers, self._allow_partial, self._pipeline, self.base.roots, self.base
+            file, attach.shapes_of(there), self._allow_partial, self._pipeline, self.base.roots, self.base
         )
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -287,6 +291,8 @@ class Session:
             name=f"{file.stem} #{next(_numbers)}",
             strength=0.0,
             vocabularies=self.base.vocabularies,
+            there=there,
+            fresh=True,
         )
         if known is not None:
             self._leave(file)
@@ -331,6 +337,11 @@ class Session:
         """The pictures of a request; its adapters are in memory, if they fit."""
         canvas = canvas_of(request)
         width, height = self._size(request, canvas)
+        if canvas is not None and request.steps < self.base.fewest_steps_into:
+            raise ModelError(
+                f"steps = {request.steps} is too few for {self.base.name} to paint into a picture: its pipeline leaves "
+                f"the first one out. Take {self.base.fewest_steps_into} or more."
+            )
         uses = request.adapters or self._defaults
         words = tuple(
             resident.file
@@ -528,9 +539,10 @@ def _load(
     uses: Sequence[AdapterUse],
     dtype: torch.dtype | None,
     device: torch.device | str | None,
+    rest: str | Path | None,
 ) -> BaseModel:
     if base is not None:
-        return load_base(base, dtype=dtype, device=device)
+        return load_base(base, dtype=dtype, device=device, rest=rest)
     if not uses:
         raise ModelError(
             "There is nothing to draw with. Name a base with --base (in Python: Session(base=...)), for "
@@ -538,7 +550,8 @@ def _load(
         )
     name = find_base(uses[0].path)
     try:
-        return load_base(name, dtype=dtype, device=device)
+        rest = find_rest(uses[0].path, name) if rest is None else rest
+        return load_base(name, dtype=dtype, device=device, rest=rest)
     except PrecisionError:
         raise
     except ModelError as error:

@@ -62,6 +62,7 @@ def planned(
         verify=lambda state: verify(state, base, ingredients.fresh, streams),
         held_out=HeldOutLoss(base, adapter, held_out, streams) if held_out else None,
         identity=identity(ingredients),
+        blocks=base.blocks,
         facts={**told, **facts(adapter, ingredients)},
     )
 
@@ -190,6 +191,7 @@ def verify(state: AdapterState, base: BaseModel, fresh: Callable[[], BaseModel],
         TrainingError: the live model answers otherwise: what was saved is not what was trained.
     """
     other = fresh()
+    other.claim(state.roots)
     with base.sparing(), other.sparing():
         return _compared(state, base, other, streams)
 

@@ -18,6 +18,7 @@ from scumble.data.woven import Embeddable, Later, Onward
 from scumble.errors import ConfigError
 from scumble.methods.method import Ingredients
 from scumble.methods.parts import injected, planned, trainables
+from scumble.methods.prior import Prior, PriorSettings, check_prior, too_long
 from scumble.methods.text_encoder import TextEncoderSettings, phases, with_text_encoder
 from scumble.methods.words import WordSettings, check_words, new_words
 from scumble.models.text import Words
@@ -45,8 +46,9 @@ class InversionOptimizerSettings(OptimizerSettings):
     """Decoupled weight decay (Loshchilov & Hutter, 2019). norm_pull holds the words' lengths without it."""
 
 
-class PivotalSettings(WordSettings, TextEncoderSettings):
-    """Which words are taught, for how long alone, and what becomes of them while the adapter trains."""
+class PivotalSettings(WordSettings, TextEncoderSettings, PriorSettings):
+    """Which words are taught, for how long alone, what becomes of them while the adapter trains, and how the class
+    is kept meanwhile."""
 
     inversion_steps: int = Field(ge=0)
     """Steps in which the words train alone; the rest of train.steps tunes the adapter. 0 trains both from the start."""
@@ -97,7 +99,12 @@ class Pivotal:
     ) -> Sequence[Problem]:
         """See `method.Checks`."""
         assert isinstance(options, PivotalSettings)
-        return check_words(options, "pivotal", data, words)
+        return [
+            *check_words(options, "pivotal", data, words),
+            *too_long("pivotal.class_prompt", options.class_prompt, words),
+            *check_prior(options, data),
+            *_taught_in_class(options),
+        ]
 
     def plan(self, ingredients: Ingredients) -> Plan:
         """See `Method`.
@@ -116,6 +123,7 @@ class Pivotal:
             )
         ingredients = with_text_encoder(ingredients, options)
         base, streams = ingredients.base, ingredients.streams
+        prior = Prior(ingredients, options, text_embeddings=False)
         rows = new_words(ingredients, options)
         adapter = injected(ingredients)
         adapter.tokens = rows
@@ -141,23 +149,29 @@ class Pivotal:
             "method": self.name,
             "words": ", ".join(options.placeholders),
             "steps of inversion and tuning": f"{options.inversion_steps} + {tuning}",
+            **prior.told,
         }
         course = (
             *([inversion] if options.inversion_steps else []),
-            *_tuning(ingredients, options, adapter, tuning, keep_norms),
+            *_tuning(ingredients, options, adapter, prior, tuning, keep_norms),
         )
         return planned(ingredients, adapter, course, told)
 
 
 def _tuning(
-    ingredients: Ingredients, options: PivotalSettings, adapter: Adapter, steps: int, keep_norms: object
+    ingredients: Ingredients,
+    options: PivotalSettings,
+    adapter: Adapter,
+    prior: Prior,
+    steps: int,
+    keep_norms: object,
 ) -> Iterator[Phase]:
     """The phases after the pivot."""
     base, train = ingredients.base, ingredients.train
+    batches = cast("Embeddable", prior.beside(ingredients.pictures))
     rates = dict(ingredients.learning_rates)
     if options.joint:
         rates[TOKENS] = options.token_learning_rate or options.inversion_optimizer.learning_rate / 10
-    batches = cast("Embeddable", ingredients.pictures)
     first = options.inversion_steps * train.accumulate
     reads = any(path.partition(".")[0] in base.vocabularies for path in adapter.deltas)
     later: Batches = Later(batches, first)
@@ -168,7 +182,7 @@ def _tuning(
         options,
         adapter,
         later,
-        lambda among: DenoisingObjective(base, ingredients.streams, train.objective, among=among),
+        lambda among: prior.objective(adapter, among),
     ):
         yield replace(
             phase,
@@ -176,6 +190,18 @@ def _tuning(
             trainables=tuple(group for group in phase.trainables if options.joint or group.name != TOKENS),
             after_step=keep_norms if options.joint else nothing,  # type: ignore[arg-type]
         )
+
+
+def _taught_in_class(options: PivotalSettings) -> Iterator[Problem]:
+    """A class prompt that speaks of the subject itself."""
+    said = (options.class_prompt or "").split()
+    for word in options.placeholders:
+        if word in said:
+            text = (
+                f"{options.class_prompt!r} says the new word {word!r}: the class would be held to what the subject "
+                'becomes. Call the class by a word that the base knows, as in "a photo of a dog".'
+            )
+            yield Problem("class prompt", "pivotal.class_prompt", text)
 
 
 pivotal = Pivotal()

@@ -30,6 +30,7 @@ from scumble.models.family import BaseModel, Conditioning, Frame
 from scumble.rng import Streams
 from scumble.settings import Settings
 from scumble.training.plan import Phase, Plan
+from scumble.training.tensors import sent
 
 TOGETHER = 4
 """Paths made in one pass. A path's numbers must not depend on who asks for it first, so the groups are fixed."""
@@ -275,8 +276,8 @@ class SliderObjective(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """(B,) losses."""
         device, base = self.base.device, self.base
-        t, neutral, direction = (tensor.to(device) for tensor in self.paths.said(batch.positions))
-        strength = self.strengths(batch.positions).to(device)
+        t, neutral, direction = (sent(tensor, device) for tensor in self.paths.said(batch.positions))
+        strength, batch = sent(self.strengths(batch.positions), device), sent(batch, device)
         # It stays set: gradient checkpointing runs the forward pass again during the backward pass.
         self.adapter.strength = strength
         conditioning = (

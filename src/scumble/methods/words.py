@@ -215,6 +215,7 @@ def new_words(ingredients: Ingredients, options: WordSettings) -> TokenRows:
         AdapterError: a placeholder is in the vocabulary already.
     """
     base = ingredients.base
+    base.claim(base.vocabularies)
     starts = {root: initial_ids(options, vocabulary) for root, vocabulary in base.vocabularies.items()}
     tokens = {
         word: TokenState(

@@ -31,6 +31,7 @@ FAMILIES: Registry[Family] = Registry(
         "sd2-inpainting": "scumble.models.inpainting:SD2Inpainting",
         "sd3": "scumble.models.sd3:SD3",
         "sdxl": "scumble.models.sdxl:SDXL",
+        "sdxl-inpainting": "scumble.models.inpainting:SDXLInpainting",
     },
 )
 """Base families by name: each one file in this folder and one line here."""

@@ -1,65 +1,38 @@
 """Checkpoint names: which tensor of a single checkpoint holds the weight of which layer.
 
-diffusers' own converters, by which such a file is loaded, are handed marks instead of tensors and asked where
-each one went: what they say here is what they do there, so that a table of our own can't disagree with them.
+diffusers' own converters, by which such a file is loaded, are asked where each tensor goes (see `marks`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
 
 from scumble.errors import ModelError
+from scumble.models.file_layout import layout_of
+from scumble.models.marks import Mark, marks_of
 from scumble.models.single_file import UNET, text_configs, unet_config
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A tensor's place: its name in the file, and which of its rows. Stands in for the tensor in a converter."""
-
-    name: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-    turned: bool = False
-    """The file holds it transposed: `shape` is that of the weight."""
-
-    def __getitem__(self, index: Any) -> Mark:
-        rows = index[0] if isinstance(index, tuple) else index
-        begin, end, _ = rows.indices(self.end - self.begin)
-        return Mark(self.name, (end - begin, *self.shape[1:]), self.begin + begin, self.begin + end)
-
-    @property
-    def T(self) -> Mark:
-        return replace(self, shape=self.shape[::-1], turned=not self.turned)
-
-    def clone(self) -> Mark:
-        return self
-
-    def detach(self) -> Mark:
-        return self
-
-    def contiguous(self) -> Mark:
-        return self
 
 
 def layer_marks(shapes: Mapping[str, tuple[int, ...]], name: str) -> dict[str, Mark]:
     """`"unet.down_blocks.0...to_q.weight"` -> where it is in a checkpoint whose tensors have these `shapes`.
 
-    Every tensor of the UNet and the text encoders that diffusers reads is there, biases and norms too.
+    Every tensor of the denoiser and the text encoders that diffusers reads is there, biases and norms too.
 
     Raises:
-        ModelError: the file is not laid out as an SD 1, SD 2 or SDXL checkpoint.
+        ModelError: the file is not laid out as a checkpoint of any family that this release reads.
     """
+    layout = layout_of(shapes)
+    if layout is not None:
+        parts = layout.marks(shapes, name)
+        return {f"{root}.{key}": mark for root in parts if root != "vae" for key, mark in parts[root].items()}
     from diffusers.loaders.single_file_utils import (
         convert_ldm_clip_checkpoint,
         convert_ldm_unet_checkpoint,
         convert_open_clip_checkpoint,
     )
 
-    marks = {key: Mark(key, shape, 0, shape[0] if shape else 0) for key, shape in shapes.items()}
+    marks = marks_of(shapes)
     try:
         unet = convert_ldm_unet_checkpoint(
             {key: mark for key, mark in marks.items() if key.startswith(UNET)}, unet_config(shapes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ OTHER_ARCHITECTURES = {
     "StableUnCLIP": "Stable unCLIP",
     "StableCascade": "Stable Cascade",
     "Flux2": "Flux 2",
+    "Chroma": "Chroma",
     "Flux": "Flux",
     "PixArt": "PixArt",
     "Sana": "Sana",
@@ -69,6 +70,10 @@ class Configs:
     """Nothing names the prediction type: the weights have to be asked (see `loading.probe_prediction`)."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What the pipeline is told beside its components, e.g. {"force_zeros_for_empty_prompt": True}."""
+    lacking: Mapping[str, str] = field(default_factory=dict)
+    """Component that a single file does not hold -> a phrase for `missing`; empty where the base can do without."""
+    elsewhere: Mapping[str, Path] = field(default_factory=dict)
+    """Component of a single file -> the base's folder that it is taken from."""
 
 
 @dataclass(frozen=True)
@@ -197,10 +202,18 @@ def _what_it_looks_like(first: bytes, size: int) -> str:
     return f"its first bytes are {first!r} and its size is {size:,} bytes."
 
 
-def read_folder(folder: Path, name: str, variant: str | None = None, *, weights: bool = True) -> Configs:
+def read_folder(
+    folder: Path,
+    name: str,
+    variant: str | None = None,
+    *,
+    weights: bool = True,
+    only: Collection[str] | None = None,
+) -> Configs:
     """The configs of a folder in diffusers' layout.
 
-    `weights` False leaves the weight files out of what may be missing (they are not downloaded yet).
+    `weights` False leaves the weight files out of what may be missing (they are not downloaded yet). `only`: no other
+    components are looked at.
 
     Raises:
         ModelError: the folder is not a base (says what it is instead, where that can be told).
@@ -215,6 +228,8 @@ def read_folder(folder: Path, name: str, variant: str | None = None, *, weights:
     weights_dtype = ""
     for part, entry in index.items():
         if part.startswith("_") or not isinstance(entry, list) or entry[:1] == [None] or is_ignored(part):
+            continue
+        if only is not None and part not in only:
             continue
         directory = folder / part
         config_path = directory / _config_name(part)

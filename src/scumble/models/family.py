@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -135,11 +135,20 @@ class BaseModel(ABC):
     shown_channels: int = 0
     """Channels of what the denoiser is shown of a picture with a hole, beside the noise: those that paint into
     pictures. 0: it draws from text alone."""
+    fewest_steps_into: int = 1
+    """In how many denoising steps `pipeline()` paints into a picture at least."""
+    repeated: ClassVar[tuple[str, ...]] = ()
+    """Classes of the denoiser's blocks of which it has many alike, by name: what is compiled once for all of them."""
 
     @property
     def denoiser(self) -> nn.Module:
         """The UNet or transformer."""
         return next(iter(self.roots.values()))
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The denoiser's blocks of the classes in `repeated`, in its own order."""
+        return tuple(part for part in self.denoiser.modules() if type(part).__name__ in self.repeated)
 
     @property
     def teachable(self) -> tuple[str, ...]:
@@ -228,9 +237,17 @@ class BaseModel(ABC):
         return {name: part for name, part in components.items() if isinstance(part, nn.Module)}
 
     def waiting(self) -> Mapping[str, str]:
-        """Component -> sha256 of its files, for those that are loaded when they are first needed, and are no `roots`;
-        the same before and after."""
+        """Component -> sha256 of its files, for those that are loaded when they are first needed; the same before and
+        after."""
         return {}
+
+    @property
+    def late(self) -> tuple[str, ...]:
+        """Those of `waiting` that adapters and words may go to: they are among `roots` while they are loaded."""
+        return ()
+
+    def claim(self, names: Collection[str]) -> None:  # noqa: B027 - nothing is what most bases do
+        """Load those of `late` that are called so, for good: something is going to be put into them."""
 
     def release(self) -> None:  # noqa: B027 - nothing is what most bases do
         """Let go of what can be loaded again when it is needed."""
@@ -314,6 +331,9 @@ class Family(Protocol):
     """A base-model plug-in: one file in `models/`, one line in the registry.
 
     Law: of every base, at most one family of the registry says that it recognises it.
+
+    One whose single files hold components under names of their own says how, by an attribute `single_file`, a
+    `models.file_layout.FileLayout`.
     """
 
     name: str

@@ -14,18 +14,19 @@ What the presets mean here (`adapters.targets`), of 19 double and 38 single bloc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scumble.errors import ModelError
-from scumble.models.configs import BaseFacts, Configs
+from scumble.models.configs import Configs
 from scumble.models.family import BaseModel, Components, Conditioning, Frame
-from scumble.models.latent_base import LatentBase
-from scumble.models.prediction import Flow, prediction_type
+from scumble.models.file_layout import FileLayout
+from scumble.models.flow import FlowBase, FlowFamily, factor_of
+from scumble.models.flux_file import FLUX_FILE
 from scumble.models.text import Truncation, Words
-from scumble.models.tiny import tiny_clip, tiny_t5, tiny_t5_tokenizer, tiny_tokenizer
+from scumble.models.tiny import tiny_clip, tiny_t5, tiny_t5_tokenizer, tiny_tokenizer, tiny_vae
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -42,8 +43,7 @@ GUIDANCE = 1.0
 DRAWN = 3.5
 """The guidance that dev is told to draw, unless told otherwise, as in FluxPipeline. Schnell draws without."""
 
-PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-"""The components that FluxPipeline is made of."""
+CLIP, T5 = "text_encoder", "text_encoder_2"
 
 OTHERS = {
     128: "a depth or canny control model (Flux.1 Depth, Canny)",
@@ -82,47 +82,38 @@ def places(height: int, width: int) -> Tensor:
     return torch.cat([torch.zeros(len(grid), 1), grid], dim=1)
 
 
-class FluxBase(LatentBase):
+class FluxBase(FlowBase):
     """A frozen transformer, VAE, CLIP and T5, as diffusers' FluxPipeline puts them together."""
 
+    family = "flux"
+    repeated: ClassVar[tuple[str, ...]] = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+    clip_words: ClassVar[Mapping[str, str]] = {CLIP: "tokenizer"}
+    t5_parts: ClassVar[tuple[str, str]] = (T5, "tokenizer_2")
+    t5_window: ClassVar[int] = READ
+    t5_learns: ClassVar[bool] = True
+
     def __init__(self, parts: Components, *, dtype: torch.dtype, device: torch.device) -> None:
-        """`parts` hold all of `PARTS`; modules are moved to `device` and frozen in place.
-
-        `dtype` is that of the transformer and both text encoders, but for T5's layers `wo`, which overflow in fp16 and
-        stay fp32 then. The VAE has it too, except that fp16 on a CPU is fp32 there.
-
-        Raises:
-            ModelError: a tokenizer knows more tokens than its text encoder.
-        """
-        self._open(parts, family=Flux.name, dtype=dtype, device=device)
-        modules: Mapping[str, Any] = parts.modules
-        self.transformer = modules["transformer"]
-        self.text_encoder, self.text_encoder_2 = modules["text_encoder"], modules["text_encoder_2"]
-        for module in (self.transformer, self.text_encoder):
-            self._settle(module, dtype)
-        self._settle_t5(self.text_encoder_2)
-        self.roots = {
-            "transformer": self.transformer,
-            "text_encoder": self.text_encoder,
-            "text_encoder_2": self.text_encoder_2,
-        }
-        self.resolution, self.size_multiple = sizes(cast(Any, self.vae).config)
+        """See FlowBase."""
+        super().__init__(parts, dtype=dtype, device=device)
         self.guided = bool(self.transformer.config.guidance_embeds)
         self.usual_guidance = DRAWN if self.guided else 0.0
-        clip, t5 = parts.tokenizers["tokenizer"], parts.tokenizers["tokenizer_2"]
-        self.pooled_words = Words(clip, self.text_encoder.config.max_position_embeddings)
-        self.words = Words(t5, READ)
-        self.vocabularies = {
-            "text_encoder": self.pooled_words.vocabulary,
-            "text_encoder_2": self.words.vocabulary,
-        }
-        self._refuse_strangers("CLIP tokenizer", clip, self.text_encoder)
-        self._refuse_strangers("T5 tokenizer", t5, self.text_encoder_2)
+
+    @staticmethod
+    def sizes(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
+        """See FlowBase: the VAE's own side, and a square of latents."""
+        factor = factor_of(vae)
+        return int(vae.get("sample_size") or 128 * factor), PATCH * factor
+
+    @property
+    def words(self) -> Words:
+        """How T5 reads a prompt."""
+        assert self.t5_reading is not None
+        return self.t5_reading
 
     @property
     def teachable(self) -> tuple[str, ...]:
         """CLIP alone: T5 is as large as the transformer, and FluxPipeline reads no adapter of it."""
-        return ("text_encoder",)
+        return (CLIP,)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """See BaseModel: (B prompts) -> T5's tokens (B, 512, D) and CLIP's pooled embedding (B, P), in the text
@@ -131,17 +122,12 @@ class FluxBase(LatentBase):
         The graph is recorded only where a parameter of the text encoder requires a gradient.
         """
         self._check_compute()
-        read, _ = self.words.ids(prompts)
-        ids, _ = self.pooled_words.ids(prompts)
-        with self._graph_of(self.text_encoder_2):
-            tokens = self.text_encoder_2(read.to(self.device))[0]
-        with self._graph_of(self.text_encoder):
-            pooled = self.text_encoder(ids.to(self.device)).pooler_output
-        return Conditioning(tokens.to(self.text_encoder_2.dtype), pooled.to(self.text_encoder.dtype))
-
-    def _graph_of(self, encoder: nn.Module) -> torch.set_grad_enabled:
-        trains = any(parameter.requires_grad for parameter in encoder.parameters())
-        return torch.set_grad_enabled(trains and torch.is_grad_enabled())
+        clip = self.clips[CLIP]
+        ids, _ = self.readings[CLIP].ids(prompts)
+        tokens = self._read_by_t5(prompts)
+        with self._graph_of(clip):
+            pooled: Tensor = clip(ids.to(self.device)).pooler_output
+        return Conditioning(tokens, pooled.to(clip.dtype))
 
     def token_counts(self, prompts: Sequence[str]) -> tuple[list[int], int]:
         """T5's: what CLIP reads of a prompt's beginning only sums it up."""
@@ -203,78 +189,31 @@ class FluxBase(LatentBase):
         return FluxPipeline(
             transformer=self.transformer,
             vae=self.vae,
-            text_encoder=self.text_encoder,
-            text_encoder_2=self.text_encoder_2,
-            tokenizer=self.pooled_words.tokenizer,
+            text_encoder=self.clips[CLIP],
+            text_encoder_2=self.t5,
+            tokenizer=self.readings[CLIP].tokenizer,
             tokenizer_2=self.words.tokenizer,
             scheduler=type(self.scheduler).from_config(self.scheduler.config),
         )
 
 
-def sizes(vae: Mapping[str, Any]) -> tuple[int, int]:
-    """(default side in pixels, what sides must be multiples of), from the VAE's config: its own side, and a square of
-    latents."""
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    return int(vae.get("sample_size") or 128 * factor), PATCH * factor
-
-
-class Flux:
+class Flux(FlowFamily):
     """Flux.1: dev, which is told a guidance, and schnell, which is not; at full size 1024 pixels."""
 
-    name: ClassVar[str] = "flux"
+    name: ClassVar[str] = FluxBase.family
     title: ClassVar[str] = "Flux.1"
+    base: ClassVar[type[FlowBase]] = FluxBase
+    denoiser: ClassVar[str] = "FluxTransformer2DModel"
+    clip: ClassVar[str] = "CLIPTextModel"
+    # CLIP only sums a prompt up: what of it is read is what T5 reads
+    readers: ClassVar[tuple[str, ...]] = FluxBase.t5_parts[1:]
+    single_file: ClassVar[FileLayout] = FLUX_FILE
 
     @classmethod
-    def recognises(cls, configs: Configs) -> bool:
-        """By its transformer's class."""
-        return configs.parts.get("transformer", {}).get("_class_name") == "FluxTransformer2DModel"
-
-    @classmethod
-    def describe(cls, configs: Configs) -> BaseFacts:
-        """See Family."""
-        transformer, vae = configs.parts["transformer"], configs.parts.get("vae", {})
-        problems = list(cls._problems(configs))
-        kind = ""
-        try:
-            kind, _ = prediction_type(configs.parts.get("scheduler", {}))
-        except ModelError as error:
-            problems.append(f"{configs.name}: {error}")
-        if "scheduler" in configs.parts and kind not in ("", Flow.name):
-            problems.append(
-                f"The scheduler of {configs.name} says that it predicts {kind}; {cls.title} is trained by flow "
-                "matching. Take the scheduler folder of the base that it was made from."
-            )
-        known = bool(vae.get("block_out_channels"))
-        side, multiple = sizes(vae) if known else (None, None)
-        return BaseFacts(
-            name=configs.name,
-            family=cls.name,
-            title=cls.title,
-            prediction=Flow.name,
-            cross_attention_dim=transformer.get("joint_attention_dim", 4096),
-            resolution=side,
-            size_multiple=multiple,
-            latent_factor=2 ** (len(vae["block_out_channels"]) - 1) if known else None,
-            latent_channels=vae.get("latent_channels", 16),
-            parameters=configs.parameters,
-            weights_dtype=configs.weights_dtype,
-            guided=bool(transformer.get("guidance_embeds", False)),
-            # CLIP only sums a prompt up: what of it is read is what T5 reads
-            readers=("tokenizer_2",),
-            problems=tuple(problems),
-            notes=configs.notes,
-        )
-
-    @classmethod
-    def _problems(cls, configs: Configs) -> Sequence[str]:
+    def _strangers(cls, configs: Configs) -> Sequence[str]:
         name, parts = configs.name, configs.parts
-        problems = []
-        titles = {"text_encoder": " (CLIP)", "text_encoder_2": " (T5)"}
-        lack = [f"the {part} folder{titles.get(part, '')}" for part in PARTS if part not in parts]
-        if lack or configs.missing:
-            problems.append(f"{name} is not complete. Missing: {'; '.join([*lack, *configs.missing])}.")
         transformer, vae = parts["transformer"], parts.get("vae", {})
-        clip, t5 = parts.get("text_encoder", {}), parts.get("text_encoder_2", {})
+        problems = list(super()._strangers(configs))
         taken, latent = transformer.get("in_channels", 64), vae.get("latent_channels", 16)
         if taken in OTHERS or configs.pipeline.startswith("FluxKontext"):
             what = OTHERS.get(taken, "an editing model (Flux.1 Kontext)")
@@ -287,27 +226,13 @@ class Flux:
                 f"The parts of {name} don't belong together: its VAE has {latent} latent channels, {latent * PATCH**2} "
                 f"for each square of {PATCH}x{PATCH}, and its transformer takes {taken}."
             )
-        encoders = (
-            (clip, "CLIPTextModel", "hidden_size", "pooled_projection_dim", 768, "CLIP", "a prompt"),
-            (t5, "T5EncoderModel", "d_model", "joint_attention_dim", 4096, "T5", "a token"),
-        )
-        for encoder, kind, gives, takes, usual, title, each in encoders:
-            width, wanted = encoder.get(gives), transformer.get(takes, usual)
-            if width is not None and width != wanted:
-                problems.append(
-                    f"The parts of {name} don't belong together: its {title} gives {width} numbers {each} and its "
-                    f"transformer takes {wanted}."
-                )
-            if encoder and encoder.get("_class_name", kind) != kind:
-                problems.append(
-                    f"The text encoder of {name} is a {encoder['_class_name']}; {cls.title} has a {kind} there."
-                )
+        width, pooled = parts.get(CLIP, {}).get("hidden_size"), transformer.get("pooled_projection_dim", 768)
+        if width not in (None, pooled):
+            problems.append(
+                f"The parts of {name} don't belong together: its CLIP gives {width} numbers a prompt and its "
+                f"transformer takes {pooled}."
+            )
         return problems
-
-    @classmethod
-    def load(cls, source: Components, *, dtype: torch.dtype, device: torch.device) -> BaseModel:
-        """See Family."""
-        return FluxBase(source, dtype=dtype, device=device)
 
     @classmethod
     def tiny(cls, seed: int = 0) -> BaseModel:
@@ -317,7 +242,7 @@ class Flux:
 
 def tiny_flux(seed: int = 0, *, guided: bool = True) -> Components:
     """Random parts in toy sizes, of dev or (`guided` False) of schnell. The global random state is left as it was."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
     from transformers import CLIPTextModel, T5EncoderModel
 
     clip_words, t5_words = tiny_tokenizer(), tiny_t5_tokenizer()
@@ -334,18 +259,7 @@ def tiny_flux(seed: int = 0, *, guided: bool = True) -> Components:
             guidance_embeds=guided,
             axes_dims_rope=(4, 6, 6),
         )
-        vae = AutoencoderKL(
-            block_out_channels=(32, 64),
-            layers_per_block=1,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=16,
-            sample_size=16,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
+        vae = tiny_vae(0.3611, channels=16, shift_factor=0.1159)
         modules = {
             "transformer": transformer,
             "vae": vae,

@@ -5,7 +5,7 @@ its hole grey. An adapter does not see the difference, so that adapters of the t
 way round.
 
 Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", section 4.5; the calls
-are those of diffusers' StableDiffusionInpaintPipeline.
+are those of diffusers' StableDiffusionInpaintPipeline and StableDiffusionXLInpaintPipeline.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn import functional
 from scumble.models.family import Components, Conditioning
 from scumble.models.sd1 import SD1
 from scumble.models.sd2 import SD2
+from scumble.models.sdxl import SDXL, SDXLBase
 from scumble.models.tiny import TinySizes
 from scumble.models.unet import UNetBase
 
@@ -81,6 +82,22 @@ class InpaintingBase(UNetBase):
         }
 
 
+class SDXLInpaintingBase(InpaintingBase, SDXLBase):
+    """The same with two text encoders, as diffusers' StableDiffusionXLInpaintPipeline puts them together."""
+
+    drawn_by: ClassVar[str] = "StableDiffusionXLInpaintPipeline"
+    usual_guidance = 7.5
+    fewest_steps_into = 2
+
+    def drawn_into(
+        self, picture: Image | None, mask: Image | None, count: int, size: tuple[int, int]
+    ) -> Mapping[str, Any]:
+        """See BaseModel. Into a picture this pipeline paints from the second step on, starting from that picture under
+        almost nothing but noise; where all is hole there is none to start from."""
+        into = super().drawn_into(picture, mask, count, size)
+        return into if picture is not None else {**into, "strength": 1.0}
+
+
 class Filling:
     """What makes a family over a UNet the inpainting one of its kind."""
 
@@ -104,3 +121,12 @@ class SD2Inpainting(Filling, SD2):
     title: ClassVar[str] = "Stable Diffusion 2 inpainting"
     adapters: ClassVar[str] = SD2.name
     tiny_sizes: ClassVar[TinySizes] = replace(SD2.tiny_sizes, channels=9)
+
+
+class SDXLInpainting(Filling, SDXL):
+    """Stable Diffusion XL inpainting."""
+
+    name: ClassVar[str] = "sdxl-inpainting"
+    title: ClassVar[str] = "Stable Diffusion XL inpainting"
+    base: ClassVar[type[UNetBase]] = SDXLInpaintingBase
+    adapters: ClassVar[str] = SDXL.name

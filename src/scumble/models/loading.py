@@ -1,7 +1,7 @@
 """Loading: a Hub id, a diffusers folder or a single checkpoint -> a BaseModel of the family it belongs to.
 
 Nobody is asked for the architecture: it is found in the configs. A path on this machine never touches the
-network, and nothing here opens a pickle.
+network, and nothing here opens a pickle. What a single checkpoint doesn't hold can come from the rest of another base.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,20 @@ from torch import nn
 
 from scumble.errors import ModelError, did_you_mean
 from scumble.models import FAMILIES, hub
-from scumble.models.configs import WEIGHTLESS, BaseFacts, Configs, architecture, read_folder, weight_files
+from scumble.models.configs import (
+    OTHER_ARCHITECTURES,
+    WEIGHTLESS,
+    BaseFacts,
+    Configs,
+    architecture,
+    read_folder,
+    read_header,
+    weight_files,
+)
 from scumble.models.family import BaseModel, Components, Deferred, Frame, fingerprint
+from scumble.models.file_layout import FileLayout, layout_of, phrases, unread
+from scumble.models.file_weights import prepare_part
+from scumble.models.marks import Mark
 from scumble.models.precision import PRECISIONS, check_precision, find_device
 from scumble.models.prediction import Flow
 from scumble.models.single_file import default_side, read_checkpoint, write_configs
@@ -41,9 +53,22 @@ CACHED_TOKENIZERS: tuple[tuple[str, str], ...] = (
 )
 """(Hub id, folder) where the vocabulary that SD 1, SD 2 and SDXL share may lie in the local Hub cache already."""
 
+CACHED_T5_TOKENIZERS: tuple[tuple[str, str], ...] = (
+    ("black-forest-labs/FLUX.1-dev", "tokenizer_2/"),
+    ("black-forest-labs/FLUX.1-schnell", "tokenizer_2/"),
+    ("stabilityai/stable-diffusion-3-medium-diffusers", "tokenizer_3/"),
+    ("stabilityai/stable-diffusion-3.5-medium", "tokenizer_3/"),
+    ("stabilityai/stable-diffusion-3.5-large", "tokenizer_3/"),
+)
+"""The same for T5's."""
+
 
 def describe_base(
-    source: str | Path, *, revision: str | None = None, variant: str | None = None
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    rest: str | Path | None = None,
 ) -> BaseFacts:
     """The facts of a base, from config files and headers alone: no weights, and no network for what is on
     this machine.
@@ -54,7 +79,7 @@ def describe_base(
     Raises:
         ModelError: there is no such base, or the path holds something else.
     """
-    return _describe(_find(source, revision, variant).configs)
+    return _describe(_find(source, revision, variant, rest).configs)
 
 
 @dataclass(frozen=True)
@@ -66,45 +91,54 @@ class Look:
     folder: Path | None
     """Where its configs lie; None for a single checkpoint."""
     tokenizers: Mapping[str, Any]
-    """All that it has, by component; none for a single checkpoint, or where one can't be read."""
+    """All that it has, by component; none for a single checkpoint without the rest of another base."""
 
 
-def look_at(source: str | Path, *, revision: str | None = None, variant: str | None = None) -> Look:
+def look_at(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    rest: str | Path | None = None,
+) -> Look:
     """What is there of a base: configs, facts and vocabularies, no weights. `source` and the rest: as `load_base`.
 
     Raises:
         ModelError: there is no such base, or the path holds something else.
     """
-    found = _find(source, revision, variant)
+    found = _find(source, revision, variant, rest)
     parts, facts = found.configs.parts, _describe(found.configs)
-    words: dict[str, Any] = {}
-    if found.folder is not None and not facts.problems:
-        with _quiet():
-            for part in parts:
-                if part.startswith("tokenizer"):
-                    kind = str(parts[part]["_class_name"])
-                    words[part] = _read_tokenizer(found.folder / part, found.configs.name, kind)
-    return Look(found.configs, facts, found.folder, words)
+    names = tuple(part for part in parts if part.startswith("tokenizer"))
+    words = () if facts.problems else _vocabularies(found, names)
+    return Look(found.configs, facts, found.folder, dict(zip(names, words, strict=False)))
 
 
-def load_tokenizers(source: str | Path, *, revision: str | None = None) -> tuple[Any, ...]:
+def load_tokenizers(
+    source: str | Path, *, revision: str | None = None, rest: str | Path | None = None
+) -> tuple[Any, ...]:
     """The tokenizers by which a base's captions are counted and its words taught, without its weights; none for a
-    single checkpoint, which holds no vocabulary.
+    single checkpoint, which holds no vocabulary, without the rest of another base.
 
     Raises:
         ModelError: there is no such base, or a vocabulary can't be read.
     """
-    found = _find(source, revision, None)
-    if found.folder is None:
-        return ()
+    found = _find(source, revision, None, rest)
     parts, facts = found.configs.parts, _describe(found.configs)
     names = facts.readers or tuple(part for part in parts if part.startswith("tokenizer"))
+    return _vocabularies(found, tuple(part for part in names if part in parts))
+
+
+def _vocabularies(found: _Found, names: Sequence[str]) -> tuple[Any, ...]:
+    """These tokenizers; none where the folder of one is not known."""
+    parts = found.configs.parts
+    folders = {part: found.configs.elsewhere.get(part, found.folder) for part in names}
     with _quiet():
-        return tuple(
-            _read_tokenizer(found.folder / part, found.configs.name, str(parts[part]["_class_name"]))
-            for part in names
-            if part in parts
-        )
+        read = [
+            _read_tokenizer(folder / part, found.configs.name, str(parts[part]["_class_name"]))
+            for part, folder in folders.items()
+            if folder is not None
+        ]
+    return tuple(read) if len(read) == len(names) else ()
 
 
 def load_base(
@@ -116,6 +150,7 @@ def load_base(
     variant: str | None = None,
     tokenizer: str | Path | None = None,
     prediction: str | None = None,
+    rest: str | Path | None = None,
 ) -> BaseModel:
     """A frozen base, ready to train on and to draw with.
 
@@ -130,6 +165,9 @@ def load_base(
         tokenizer: a folder with the CLIP vocabulary, for a single checkpoint (which holds none).
         prediction: "epsilon" or "v_prediction", for a base whose scheduler says it wrong. None believes the
             scheduler.
+        rest: a folder in diffusers' layout, or a Hub id, from which a single checkpoint takes the components that it
+            doesn't hold: text encoders, VAE, tokenizers. None is the folder that the checkpoint lies in, where that
+            is such a base. `revision` and `variant` are of it then.
 
     Raises:
         ModelError: there is no such base, its parts don't belong together, or it is of a family that this
@@ -140,7 +178,7 @@ def load_base(
     dtype = torch.float32 if dtype is None else dtype
     if where.type != "cpu" or dtype not in PRECISIONS.values():
         check_precision(dtype, where)
-    found = _find(source, revision, variant)
+    found = _find(source, revision, variant, rest)
     facts = _describe(found.configs)
     if facts.problems:
         raise ModelError("\n".join(facts.problems))
@@ -226,21 +264,23 @@ class _Found:
     """Where its configs and vocabularies lie; None for a single checkpoint."""
 
 
-def _find(source: str | Path, revision: str | None, variant: str | None) -> _Found:
+def _find(
+    source: str | Path, revision: str | None, variant: str | None, rest: str | Path | None = None
+) -> _Found:
     text = str(source)
+    path = Path(text).expanduser()
+    if rest is not None and (text == PICTUREBOOK or not path.is_file()):
+        _no_effect(text, "it is no single file, and has all of its own", rest=str(rest))
     if text == PICTUREBOOK:
         from scumble import picturebook
 
         _no_effect(text, "it is inside this package", revision=revision, variant=variant)
         return _found_folder(Path(picturebook.path()), text, None)
-    path = Path(text).expanduser()
     if path.is_dir():
         _no_effect(text, "it is a folder on this machine", revision=revision)
         return _found_folder(path, text, variant)
     if path.is_file():
-        _no_effect(text, "it is a file on this machine", revision=revision, variant=variant)
-        configs = read_checkpoint(path, text)
-        return _Found(configs, lambda dtype, words: _load_file(path, configs, dtype, words))
+        return _found_file(path, text, revision, variant, rest)
     if isinstance(source, Path) or _looks_local(text):
         raise ModelError(_no_such_path(path, text))
     if not hub.is_hub_id(text):
@@ -266,6 +306,88 @@ def _find(source: str | Path, revision: str | None, variant: str | None) -> _Fou
 def _found_folder(folder: Path, name: str, variant: str | None) -> _Found:
     configs = read_folder(folder, name, variant)
     return _Found(configs, lambda dtype, words: _load_folder(folder, configs, dtype, variant, words), folder)
+
+
+def _found_file(
+    path: Path, name: str, revision: str | None, variant: str | None, rest: str | Path | None
+) -> _Found:
+    own = read_checkpoint(path, name)
+    lender = _find_rest(path, own, revision, variant, rest) if own.parts else None
+    if lender is None:
+        _no_effect(name, "it is a file on this machine", revision=revision, variant=variant)
+    configs = own if lender is None else _completed(own, lender)
+    return _Found(configs, lambda dtype, words: _load_file(path, own, configs, dtype, words, lender))
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """Another base, as far as a single file takes components from it."""
+
+    configs: Configs
+    """Of those components alone."""
+    folder: Path
+    """Where their configs and vocabularies lie."""
+    fetch: Callable[[], Path]
+    """The folder with their weights."""
+    variant: str | None
+
+
+def _find_rest(
+    path: Path, own: Configs, revision: str | None, variant: str | None, rest: str | Path | None
+) -> _Rest | None:
+    """The base that `rest` names; else the one in whose folder the file lies, if that is of its kind."""
+    wanted = {*own.lacking, *(part for part in own.parts if part.startswith("tokenizer"))}
+    beside = rest is None
+    text = str(path.parent if rest is None else rest)
+    folder = Path(text).expanduser()
+    if beside and not (folder / "model_index.json").is_file():
+        return None
+    if text == PICTUREBOOK:
+        from scumble import picturebook
+
+        folder = Path(picturebook.path())
+    if folder.is_dir():
+        if not beside:
+            _no_effect(text, "it is a folder on this machine", revision=revision)
+        configs, fetch = read_folder(folder, text, variant, only=wanted), lambda: folder
+    elif hub.is_hub_id(text) and not isinstance(rest, Path) and not _looks_local(text):
+        folder = hub.download_configs(text, revision)
+        configs = read_folder(folder, text, variant, weights=False, only=wanted)
+        fetch = functools.partial(hub.download_weights, text, revision, variant, configs)
+    else:
+        raise ModelError(
+            f"rest = {text!r} is no folder here and no Hub id. It is a base in diffusers' layout, from which "
+            f"{own.name} takes what it does not hold."
+        )
+    if _lineage(configs.pipeline) != _lineage(own.pipeline):
+        if beside:
+            return None
+        raise ModelError(
+            f"{own.name} belongs to a {own.pipeline}, and rest = {text!r} is a {configs.pipeline}: their parts don't "
+            "belong together. Name a base of the same kind as rest."
+        )
+    return _Rest(configs, folder, fetch, variant)
+
+
+def _lineage(pipeline: str) -> str:
+    """The kind of base that a pipeline's class is for; those of SD 1 and SD 2 have one."""
+    return next((begin for begin in OTHER_ARCHITECTURES if pipeline.startswith(begin)), "")
+
+
+def _completed(own: Configs, rest: _Rest) -> Configs:
+    """The configs of a single file together with those of what it takes from another base."""
+    taken = rest.configs.parts
+    lacking = {part: phrase for part, phrase in own.lacking.items() if part not in taken}
+    note = f"Not in the file, and taken from {rest.configs.name}: {', '.join(sorted(taken))}."
+    return dataclasses.replace(
+        own,
+        parts={**own.parts, **taken},
+        missing=(*phrases(lacking), *rest.configs.missing),
+        notes=(*own.notes, note) if taken else own.notes,
+        parameters={**own.parameters, **rest.configs.parameters},
+        lacking=lacking,
+        elsewhere=dict.fromkeys(taken, rest.folder),
+    )
 
 
 def _no_effect(name: str, because: str, **given: str | None) -> None:
@@ -417,18 +539,132 @@ def _read_tokenizer(folder: Path, base: str, kind: str = "CLIPTokenizer") -> Any
         raise ModelError(f"The tokenizer of {base} can't be read from {folder}: {error}") from error
 
 
-def _load_file(path: Path, configs: Configs, dtype: torch.dtype, words: str | Path | None) -> Components:
-    import diffusers
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
-
+def _load_file(
+    path: Path,
+    own: Configs,
+    configs: Configs,
+    dtype: torch.dtype,
+    words: str | Path | None,
+    rest: _Rest | None,
+) -> Components:
+    """`own` are the configs of the file alone."""
     tokenizers: dict[str, Any] = {}
     for part in (part for part in configs.parts if part.startswith("tokenizer")):
-        tokenizers[part] = _find_tokenizer(path, configs, words)
-        padding = configs.parts[part].get("pad_token")
+        kind = str(configs.parts[part]["_class_name"])
+        if part in configs.elsewhere and (words is None or kind != CLIP_WORDS):
+            tokenizers[part] = _read_tokenizer(configs.elsewhere[part] / part, configs.name, kind)
+            continue
+        tokenizers[part] = _find_tokenizer(path, configs, words, part)
+        padding = own.parts.get(part, {}).get("pad_token")
         if padding is not None:
             tokenizers[part].pad_token = padding
     scheduler_config = dict(configs.parts["scheduler"])
     scheduler = _class(scheduler_config["_class_name"], configs.name).from_config(scheduler_config)
+    modules, deferred, notes = _load_rest(configs, rest, dtype)
+    shapes = read_header(path).shapes
+    layout = layout_of(shapes)
+    if layout is None:
+        modules = {**modules, **_load_by_pipeline(path, configs, scheduler, tokenizers, modules)}
+    else:
+        later = _describe(configs).deferred
+        marks = layout.marks(shapes, configs.name)
+        notes += unread(shapes, marks)
+        loads = _prepared(layout, path, configs, marks, dtype)
+        for part, load in loads.items():
+            if part in later:
+                deferred[part] = Deferred(functools.partial(_loaded_later, load), (path,))
+            else:
+                modules[part] = load()
+    # weights come as they are stored, and are rounded to `dtype` after the fingerprint is taken
+    mark = next(_mark(modules[part], dtype) for part in ("unet", "transformer") if part in modules)
+    return Components(
+        configs.name,
+        modules,
+        tokenizers,
+        scheduler,
+        mark,
+        tuple(notes),
+        options=configs.options,
+        deferred=deferred,
+    )
+
+
+def _loaded_later(load: Callable[[], nn.Module]) -> tuple[nn.Module, Sequence[str]]:
+    with _quiet():
+        return load(), ()
+
+
+def _load_rest(
+    configs: Configs, rest: _Rest | None, dtype: torch.dtype
+) -> tuple[dict[str, nn.Module], dict[str, Deferred], list[str]]:
+    """(components that come from another base, those of them that are loaded later, notes)."""
+    modules: dict[str, nn.Module] = {}
+    deferred: dict[str, Deferred] = {}
+    notes: list[str] = []
+    weighty = [part for part in configs.elsewhere if not part.startswith(WEIGHTLESS)]
+    if rest is None or not weighty:
+        return modules, deferred, notes
+    folder = rest.fetch()
+    whole = read_folder(folder, rest.configs.name, rest.variant, only=weighty)
+    if whole.missing:  # the repository has no .safetensors of this variant, or the cache is not complete
+        raise ModelError(f"{rest.configs.name} is not complete. Missing: {'; '.join(whole.missing)}.")
+    later = _describe(configs).deferred
+    with _quiet():
+        for part in weighty:
+            cls = _class(str(configs.parts[part]["_class_name"]), rest.configs.name)
+            if part in later:
+                files, _ = weight_files(folder / part, rest.variant)
+                load = functools.partial(
+                    _load_later, cls, folder / part, dtype, rest.variant, rest.configs.name
+                )
+                deferred[part] = Deferred(load, (folder / part / "config.json", *files))
+                continue
+            modules[part], unused = _load_part(
+                cls, folder / part, _load_dtype(part, dtype), rest.variant, rest.configs.name
+            )
+            notes.extend(unused)
+    return modules, deferred, notes
+
+
+def _prepared(
+    layout: FileLayout,
+    path: Path,
+    configs: Configs,
+    marks: Mapping[str, Mapping[str, Mark]],
+    dtype: torch.dtype,
+) -> dict[str, Callable[[], nn.Module]]:
+    """Component that a file holds -> what loads it. Every one is checked before the first is loaded."""
+    found = {}
+    for part in layout.parts:
+        if part.name not in marks:
+            continue
+        config = configs.parts[part.name]
+        wanted: torch.dtype | None = torch.float32 if part.name.startswith("vae") else dtype
+        if part is layout.parts[0] and dtype == torch.bfloat16:  # the fingerprint is of what is stored
+            wanted = None
+        found[part.name] = prepare_part(
+            _class(part.kind, configs.name),
+            config,
+            path,
+            marks[part.name],
+            part.fixed(config),
+            dtype=wanted,
+            base=configs.name,
+        )
+    return found
+
+
+def _load_by_pipeline(
+    path: Path,
+    configs: Configs,
+    scheduler: Any,
+    tokenizers: Mapping[str, Any],
+    others: Mapping[str, nn.Module],
+) -> dict[str, nn.Module]:
+    """The components of a file in CompVis' names, by diffusers' own loader; `others` it does not hold."""
+    import diffusers
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
     pipeline_class = getattr(diffusers, configs.pipeline)
     unwanted = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     taken = inspect.signature(pipeline_class.__init__).parameters
@@ -441,6 +677,7 @@ def _load_file(path: Path, configs: Configs, dtype: torch.dtype, words: str | Pa
                 scheduler=scheduler,
                 local_files_only=True,
                 **tokenizers,
+                **others,
                 **{name: value for name, value in unwanted.items() if name in taken},
             )
         except NotImplementedError as error:  # torch, of a tensor that was never filled
@@ -453,40 +690,51 @@ def _load_file(path: Path, configs: Configs, dtype: torch.dtype, words: str | Pa
                 f"{configs.name} can't be loaded by diffusers' single-file loader: {error}"
             ) from error
     weighty = [part for part in configs.parts if not part.startswith(WEIGHTLESS)]
-    modules = {part: getattr(pipeline, part) for part in weighty}
+    modules: dict[str, nn.Module] = {part: getattr(pipeline, part) for part in weighty}
     lack = [f"{part}.{n}" for part, m in modules.items() for n, p in m.named_parameters() if p.is_meta]
     if lack:
         raise ModelError(
             f"{configs.name} lacks {len(lack)} tensors, e.g. {lack[0]}. The file is not a whole checkpoint; "
             f"download it again."
         )
-    # weights come as they are stored, and are rounded to `dtype` after the fingerprint is taken
-    mark = _mark(modules["unet"], dtype)
-    return Components(configs.name, modules, tokenizers, scheduler, mark, options=configs.options)
+    return modules
 
 
-def _find_tokenizer(path: Path, configs: Configs, words: str | Path | None) -> Any:
-    """The CLIP vocabulary for a checkpoint: the one given, one beside the file, or one in the local Hub
-    cache."""
-    if words is not None:
+CLIP_WORDS = "CLIPTokenizer"
+"""The class of the tokenizers that `tokenizer` of `load_base` names the vocabulary of."""
+
+
+def _find_tokenizer(path: Path, configs: Configs, words: str | Path | None, part: str) -> Any:
+    """The vocabulary of a checkpoint's `part`: CLIP's where one is given, else one beside the file, or one in the local
+    Hub cache."""
+    kind = str(configs.parts[part]["_class_name"])
+    is_clip = kind == CLIP_WORDS
+    if words is not None and is_clip:
         folder = Path(words).expanduser()
         if not folder.is_dir():
             raise ModelError(f"There is no tokenizer folder {folder}.")
         return _read_tokenizer(folder, configs.name)
-    beside = path.parent / "tokenizer"
+    beside = path.parent / ("tokenizer" if is_clip else part)
     if beside.is_dir():
-        return _read_tokenizer(beside, configs.name)
-    for repo, prefix in CACHED_TOKENIZERS:
-        vocabulary, merges = (
-            hub.cached_file(repo, f"{prefix}{file}") for file in ("vocab.json", "merges.txt")
+        return _read_tokenizer(beside, configs.name, kind)
+    files = ("vocab.json", "merges.txt") if is_clip else ("tokenizer.json", "tokenizer_config.json")
+    for repo, prefix in CACHED_TOKENIZERS if is_clip else CACHED_T5_TOKENIZERS:
+        found = [hub.cached_file(repo, f"{prefix}{file}") for file in files]
+        if found[0] is not None and all(found):
+            return _read_tokenizer(found[0].parent, configs.name, kind)
+    if is_clip:
+        raise ModelError(
+            f"{configs.name} is a single checkpoint: it holds no tokenizer, and none is on this machine. Put "
+            f"the files vocab.json and merges.txt of CLIP into {beside}, or pass tokenizer=FOLDER, or run once, "
+            "with a network, `hf download openai/clip-vit-large-patch14 vocab.json merges.txt "
+            "tokenizer_config.json special_tokens_map.json` (1.5 MB)."
         )
-        if vocabulary is not None and merges is not None:
-            return _read_tokenizer(vocabulary.parent, configs.name)
+    repo, prefix = CACHED_T5_TOKENIZERS[0]
     raise ModelError(
-        f"{configs.name} is a single checkpoint: it holds no tokenizer, and none is on this machine. Put "
-        f"the files vocab.json and merges.txt of CLIP into {beside}, or pass tokenizer=FOLDER, or run once, "
-        "with a network, `hf download openai/clip-vit-large-patch14 vocab.json merges.txt "
-        "tokenizer_config.json special_tokens_map.json` (1.5 MB)."
+        f"{configs.name} is a single checkpoint: it holds no vocabulary of T5, and none is on this machine. Put the "
+        f"files tokenizer.json and tokenizer_config.json of T5 into {beside}, or name a base in diffusers' layout that "
+        f"has them as rest, or run once, with a network, `hf download {repo} {prefix}tokenizer.json "
+        f"{prefix}tokenizer_config.json` (2.4 MB)."
     )
 
 

@@ -41,6 +41,10 @@ class Part:
     kind: str
     """Its class in diffusers or transformers."""
     parameters: int
+    size: int
+    """Bytes of its weights and of the tables that it keeps beside them."""
+    late: bool = False
+    """Loaded when a prompt is first read, and let go of once all that it says is cached."""
 
 
 @dataclass(frozen=True)
@@ -60,25 +64,26 @@ class Needs:
     @property
     def weights(self) -> int:
         """Of all parts together."""
-        return sum(part.parameters for part in self.parts) * self.dtype.itemsize
+        return sum(part.size for part in self.parts)
 
     @property
-    def denoiser(self) -> int:
-        """Of the denoiser alone: what must be there while it trains on cached latents and texts."""
-        return self.parts[0].parameters * self.dtype.itemsize
+    def resident(self) -> int:
+        """Of the parts that are there while the denoiser trains on cached texts."""
+        return sum(part.size for part in self.parts if not part.late)
 
     def drawing(self) -> int:
         """At least: the weights of all parts."""
         return self.weights
 
     def training(self, *, checkpointing: bool) -> int | None:
-        """At least, for one picture at a time with everything loaded; None where that can't be told."""
+        """At least, for one picture at a time: what is more of reading the prompts, with all parts, and a step without
+        those that are let go of then; None where that can't be told."""
         kept = self.kept.get(checkpointing)
         if kept is None:
             return None
         # recomputed in the backward pass, block by block: of `BLOCKS` one at a time
         again = self.kept[False] // BLOCKS if checkpointing else 0
-        return self.weights + TRAINED_BYTES * self.trained + kept + again
+        return max(self.weights, self.resident + TRAINED_BYTES * self.trained + kept + again)
 
 
 def needs_of(
@@ -101,7 +106,13 @@ def needs_of(
     }
     order = sorted(modules, key=lambda name: (name not in ("unet", "transformer"), name))
     parts = tuple(
-        Part(name, type(modules[name]).__name__, sum(p.numel() for p in modules[name].parameters()))
+        Part(
+            name,
+            type(modules[name]).__name__,
+            sum(p.numel() for p in modules[name].parameters()),
+            size_in(modules[name], dtype),
+            name in facts.deferred,
+        )
         for name in order
     )
     found = Needs(parts, dtype)
@@ -109,6 +120,12 @@ def needs_of(
         return found
     base = _on_meta(configs, facts, modules, tokenizers, dtype)
     return replace(found, trained=_trained(base), kept={on: kept_by(base, on) for on in (False, True)})
+
+
+def size_in(module: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of a module whose floating-point numbers are kept in `dtype`: parameters and buffers."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in tensors)
 
 
 def _skeleton(name: str, config: Mapping[str, Any], base: str) -> nn.Module:

@@ -19,21 +19,20 @@ add_q_proj, so that it is meant by neither.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from scumble.adapters.layers import mark_unread
-from scumble.errors import ModelError
-from scumble.models.configs import BaseFacts, Configs
+from scumble.models.configs import Configs
 from scumble.models.family import BaseModel, Components, Conditioning, Frame
-from scumble.models.latent_base import LatentBase
-from scumble.models.prediction import Flow, prediction_type
-from scumble.models.text import Truncation, Words
-from scumble.models.tiny import tiny_clip, tiny_t5, tiny_t5_tokenizer, tiny_tokenizer
+from scumble.models.file_layout import FileLayout
+from scumble.models.flow import FlowBase, FlowFamily, factor_of
+from scumble.models.sd3_file import SD3_FILE
+from scumble.models.text import Truncation
+from scumble.models.tiny import tiny_clip, tiny_t5, tiny_t5_tokenizer, tiny_tokenizer, tiny_vae
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
@@ -47,97 +46,35 @@ GUIDANCE = 7.0
 TIMESTEPS = 1000
 """What the transformer is told of t is t times this."""
 
-CLIPS: Mapping[str, str] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-"""Each text encoder that adapters and words go to, and its tokenizer."""
-
 T5, T5_WORDS = "text_encoder_3", "tokenizer_3"
 
 
-class SD3Base(LatentBase):
+class SD3Base(FlowBase):
     """A frozen transformer, VAE, two CLIPs and perhaps T5, as diffusers' StableDiffusion3Pipeline puts them together.
 
-    T5 is none of `roots`, and learns no words: the pipeline reads no adapter for it. From a folder it is loaded when a
-    prompt is first read, so never where all that it says is cached.
+    T5 is none of `roots`, and learns no words: the pipeline reads no adapter for it.
     """
 
+    family = "sd3"
+    usual_guidance = GUIDANCE
+    repeated: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
+    clip_words: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+    t5_parts: ClassVar[tuple[str, str]] = (T5, T5_WORDS)
+    t5_window: ClassVar[int] = READ
+    t5_learns: ClassVar[bool] = False
+
     def __init__(self, parts: Components, *, dtype: torch.dtype, device: torch.device) -> None:
-        """`parts` hold "transformer", "vae", the CLIPs and their tokenizers, and perhaps T5 and its own; modules are
-        moved to `device` and frozen in place.
-
-        `dtype` is that of the transformer and the text encoders, but for T5's layers `wo`, which overflow in fp16 and
-        stay fp32 then. The VAE has it too, except that fp16 on a CPU is fp32 there.
-
-        Raises:
-            ModelError: a tokenizer knows more tokens than its text encoder.
-        """
-        self._open(parts, family=SD3.name, dtype=dtype, device=device)
-        self.transformer: Any = parts.modules["transformer"]
-        self.clips: dict[str, Any] = {root: parts.modules[root] for root in CLIPS}
-        self._t5: Any = parts.modules.get(T5)
-        self._t5_later = parts.deferred.get(T5)
-        self._t5_mark = ""
-        self._spared = False
-        for module in (self.transformer, *self.clips.values()):
-            self._settle(module, dtype)
+        """See FlowBase; `parts` may lack T5 and its tokenizer."""
+        super().__init__(parts, dtype=dtype, device=device)
         # the text of the last block is not carried on: its queries are asked, and their answers dropped
-        transformer, vae = cast(Any, self.transformer), cast(Any, self.vae)
-        mark_unread(transformer.transformer_blocks[-1].attn.add_q_proj)
-        self.roots = {"transformer": self.transformer, **self.clips}
-        self.usual_guidance = GUIDANCE
-        self.resolution, self.size_multiple = sizes(transformer.config, vae.config)
-        self.readings = {
-            root: Words(parts.tokenizers[words], self.clips[root].config.max_position_embeddings)
-            for root, words in CLIPS.items()
-        }
-        """How each CLIP reads a prompt."""
-        has_t5 = self._t5 is not None or self._t5_later is not None
-        self.t5_reading = Words(parts.tokenizers[T5_WORDS], READ) if has_t5 else None
-        """How T5 reads a prompt; None where the base has none."""
-        self.vocabularies = {root: words.vocabulary for root, words in self.readings.items()}
-        for root, words in CLIPS.items():
-            self._refuse_strangers(words, parts.tokenizers[words], self.clips[root])
-        if self._t5 is not None:
-            self._take_t5()
+        mark_unread(self.transformer.transformer_blocks[-1].attn.add_q_proj)
 
-    def _take_t5(self) -> None:
-        assert self.t5_reading is not None
-        self._refuse_strangers(T5_WORDS, self.t5_reading.tokenizer, self._t5)
-        self._settle_t5(self._t5)
-
-    @property
-    def t5(self) -> Any:
-        """T5, loaded when it is first asked for; None where the base has none."""
-        if self._t5 is None and self._t5_later is not None:
-            self._t5, said = self._t5_later.load()
-            self._take_t5()
-            self.notes = (*self.notes, *(note for note in said if note not in self.notes))
-        return self._t5
-
-    def modules(self) -> Mapping[str, nn.Module]:
-        """See BaseModel: T5 is among them where it is not one of `waiting`."""
-        own = {} if self._t5 is None or self._t5_later is not None else {T5: self._t5}
-        return {**self.roots, "vae": self.vae, **own}
-
-    def waiting(self) -> Mapping[str, str]:
-        """See BaseModel: T5, of a base that was loaded from a folder."""
-        if self._t5_later is None:
-            return {}
-        self._t5_mark = self._t5_mark or self._t5_later.mark()
-        return {T5: self._t5_mark}
-
-    def release(self) -> None:
-        """See BaseModel: lets go of T5."""
-        if self._t5_later is not None:
-            self._t5 = None
-
-    @contextmanager
-    def sparing(self) -> Iterator[None]:
-        """See BaseModel: zeros are in the place of a T5 that would have to be loaded."""
-        before, self._spared = self._spared, self._t5_later is not None
-        try:
-            yield
-        finally:
-            self._spared = before
+    @staticmethod
+    def sizes(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
+        """See FlowBase."""
+        factor = factor_of(vae)
+        side, patch = transformer.get("sample_size", 128), transformer.get("patch_size", 2)
+        return int(side) * factor, int(patch) * factor
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """See BaseModel: (B prompts) -> tokens (B, 77 + 256, D) and pooled (B, P1 + P2), in the text encoders' dtype.
@@ -147,8 +84,7 @@ class SD3Base(LatentBase):
         """
         self._check_compute()
         hidden, pooled = [], []
-        trains = any(one.requires_grad for clip in self.clips.values() for one in clip.parameters())
-        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+        with self._graph_of(*self.clips.values()):
             for root, clip in self.clips.items():
                 ids, _ = self.readings[root].ids(prompts)
                 read = clip(ids.to(self.device), output_hidden_states=True)
@@ -159,18 +95,6 @@ class SD3Base(LatentBase):
             return Conditioning(
                 torch.cat([tokens, self._read_by_t5(prompts)], dim=1), torch.cat(pooled, dim=-1)
             )
-
-    @torch.no_grad()
-    def _read_by_t5(self, prompts: Sequence[str]) -> Tensor:
-        """(B, 256, D): what T5 says, or zeros in the place of one that is not there."""
-        if self.t5_reading is None or self._spared:
-            width = self.transformer.config.joint_attention_dim
-            return torch.zeros(
-                len(prompts), READ, width, device=self.device, dtype=self.clips["text_encoder"].dtype
-            )
-        ids, _ = self.t5_reading.ids(prompts)
-        said: Tensor = self.t5(ids.to(self.device))[0]
-        return said.to(self.t5.dtype)
 
     def token_counts(self, prompts: Sequence[str]) -> tuple[list[int], int]:
         """See BaseModel: the CLIPs'. What they no longer read of a long prompt reaches the denoiser by T5 alone."""
@@ -225,102 +149,49 @@ class SD3Base(LatentBase):
         return pipeline
 
 
-def sizes(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
-    """(default side in pixels, what sides must be multiples of), from the configs of transformer and VAE."""
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    return int(transformer.get("sample_size", 128)) * factor, int(transformer.get("patch_size", 2)) * factor
-
-
-class SD3:
+class SD3(FlowFamily):
     """Stable Diffusion 3 medium, 3.5 medium and 3.5 large; at full size 1024 pixels."""
 
-    name: ClassVar[str] = "sd3"
+    name: ClassVar[str] = SD3Base.family
     title: ClassVar[str] = "Stable Diffusion 3"
+    base: ClassVar[type[FlowBase]] = SD3Base
+    denoiser: ClassVar[str] = "SD3Transformer2DModel"
+    clip: ClassVar[str] = "CLIPTextModelWithProjection"
+    readers: ClassVar[tuple[str, ...]] = tuple(SD3Base.clip_words.values())
+    needs_t5: ClassVar[bool] = False
+    single_file: ClassVar[FileLayout] = SD3_FILE
 
     @classmethod
-    def recognises(cls, configs: Configs) -> bool:
-        """By its transformer's class."""
-        return configs.parts.get("transformer", {}).get("_class_name") == "SD3Transformer2DModel"
+    def _assumed(cls, configs: Configs) -> Sequence[str]:
+        if T5 in configs.parts:
+            return ()
+        return ("It has no T5 (text_encoder_3): prompts are read by its two CLIPs alone.",)
 
     @classmethod
-    def describe(cls, configs: Configs) -> BaseFacts:
-        """See Family."""
-        transformer, vae = configs.parts["transformer"], configs.parts.get("vae", {})
-        known = bool(vae.get("block_out_channels"))
-        side, multiple = sizes(transformer, vae) if known else (None, None)
-        alone = (
-            ()
-            if T5 in configs.parts
-            else ("It has no T5 (text_encoder_3): prompts are read by its two CLIPs alone.",)
-        )
-        return BaseFacts(
-            name=configs.name,
-            family=cls.name,
-            title=cls.title,
-            prediction=Flow.name,
-            cross_attention_dim=transformer.get("joint_attention_dim", 4096),
-            resolution=side,
-            size_multiple=multiple,
-            latent_factor=2 ** (len(vae["block_out_channels"]) - 1) if known else None,
-            latent_channels=vae.get("latent_channels", 16),
-            parameters=configs.parameters,
-            weights_dtype=configs.weights_dtype,
-            deferred=(T5,),
-            readers=tuple(CLIPS.values()),
-            problems=tuple(cls._problems(configs)),
-            notes=(*configs.notes, *alone),
-        )
-
-    @classmethod
-    def _problems(cls, configs: Configs) -> Sequence[str]:
-        name, parts = configs.name, configs.parts
-        problems = []
-        needed = ("vae", *CLIPS, *CLIPS.values(), "scheduler")
-        lack = [f"the {part} folder" for part in needed if part not in parts]
-        if lack or configs.missing:
-            without = (
+    def _incomplete(cls, configs: Configs) -> Sequence[str]:
+        name, parts, found = configs.name, configs.parts, list(super()._incomplete(configs))
+        if any(T5 in phrase or T5_WORDS in phrase for phrase in configs.missing):
+            found[0] += (
                 " To do without T5, set text_encoder_3 and tokenizer_3 to [null, null] in model_index.json."
-                if any(T5 in phrase or T5_WORDS in phrase for phrase in configs.missing)
-                else ""
-            )
-            problems.append(
-                f"{name} is not complete. Missing: {'; '.join([*lack, *configs.missing])}.{without}"
             )
         if (T5 in parts) != (T5_WORDS in parts):
             there, absent = (T5, T5_WORDS) if T5 in parts else (T5_WORDS, T5)
-            problems.append(
+            found.append(
                 f"{name} has {there} (T5) and no {absent}: T5 needs both. Download {absent}, or do without T5: set "
                 "both to [null, null] in model_index.json."
             )
-        if "scheduler" in parts:
-            problems.extend(cls._other_prediction(name, parts["scheduler"]))
-        return [*problems, *cls._strangers(configs)]
-
-    @classmethod
-    def _other_prediction(cls, name: str, scheduler: Mapping[str, Any]) -> Sequence[str]:
-        try:
-            kind, _ = prediction_type(scheduler)
-        except ModelError as error:
-            return [f"{name}: {error}"]
-        if kind == Flow.name:
-            return []
-        return [
-            f"The scheduler of {name}, a {scheduler.get('_class_name', 'scheduler of no known class')}, says that it "
-            f"predicts {kind}; {cls.title} is trained by flow matching. Take the scheduler folder of the base that it "
-            "was made from."
-        ]
+        return found
 
     @classmethod
     def _strangers(cls, configs: Configs) -> Sequence[str]:
-        """Parts that don't belong together, by their widths and classes."""
         name, parts = configs.name, configs.parts
         transformer, vae = parts["transformer"], parts.get("vae", {})
         apart = f"The parts of {name} don't belong together: "
-        problems = []
+        problems = list(super()._strangers(configs))
         taken, latent = transformer.get("in_channels", 16), vae.get("latent_channels")
         if latent is not None and latent != taken:
             problems.append(f"{apart}its VAE has {latent} latent channels and its transformer takes {taken}.")
-        clips = [parts.get(root, {}) for root in CLIPS]
+        clips = [parts.get(root, {}) for root in SD3Base.clip_words]
         width, pooled = (
             transformer.get("joint_attention_dim", 4096),
             transformer.get("pooled_projection_dim", 2048),
@@ -337,24 +208,7 @@ class SD3:
                 f"{apart}its CLIPs give {' + '.join(map(str, hidden))} numbers a token and its transformer takes "
                 f"{width}."
             )
-        speaks = parts.get(T5, {}).get("d_model")
-        if speaks is not None and speaks != width:
-            problems.append(
-                f"{apart}its T5 gives {speaks} numbers a token and its transformer takes {width}."
-            )
-        for part, kind in (
-            *((root, "CLIPTextModelWithProjection") for root in CLIPS),
-            (T5, "T5EncoderModel"),
-        ):
-            is_a = parts.get(part, {}).get("_class_name", kind)
-            if is_a != kind:
-                problems.append(f"The {part} of {name} is a {is_a}; {cls.title} has a {kind} there.")
         return problems
-
-    @classmethod
-    def load(cls, source: Components, *, dtype: torch.dtype, device: torch.device) -> BaseModel:
-        """See Family."""
-        return SD3Base(source, dtype=dtype, device=device)
 
     @classmethod
     def tiny(cls, seed: int = 0) -> BaseModel:
@@ -364,7 +218,7 @@ class SD3:
 
 def tiny_sd3(seed: int = 0, *, t5: bool = True) -> Components:
     """Random parts in toy sizes, with T5 or without. The global random state is left as it was."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
     from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
     first, second = tiny_tokenizer(), tiny_tokenizer("!")
@@ -385,18 +239,7 @@ def tiny_sd3(seed: int = 0, *, t5: bool = True) -> Components:
                 dual_attention_layers=(0, 1),
                 qk_norm="rms_norm",
             ),
-            "vae": AutoencoderKL(
-                block_out_channels=(32, 64),
-                layers_per_block=1,
-                down_block_types=("DownEncoderBlock2D",) * 2,
-                up_block_types=("UpDecoderBlock2D",) * 2,
-                latent_channels=16,
-                sample_size=16,
-                scaling_factor=1.5305,
-                shift_factor=0.0609,
-                use_quant_conv=False,
-                use_post_quant_conv=False,
-            ),
+            "vae": tiny_vae(1.5305, channels=16, shift_factor=0.0609),
             "text_encoder": CLIPTextModelWithProjection(tiny_clip(first, 24, "quick_gelu")),
             # published configs call 2 the end of the text, from when the largest id was taken for it
             "text_encoder_2": CLIPTextModelWithProjection(

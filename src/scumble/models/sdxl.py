@@ -115,6 +115,7 @@ class SDXL(UNetFamily):
             unet.get("_class_name") == "UNet2DConditionModel"
             and unet.get("addition_embed_type") == "text_time"
             and unet.get("encoder_hid_dim_type") is None
+            and cls._is_filling(unet) == cls.fills
         )
 
     @classmethod
@@ -141,10 +142,11 @@ class SDXL(UNetFamily):
     @classmethod
     def tiny(cls, seed: int = 0) -> BaseModel:
         """See UNetFamily."""
-        return cls.load(_tiny(f"tiny-{cls.name}", seed), dtype=torch.float32, device=torch.device("cpu"))
+        parts = _tiny(f"tiny-{cls.name}", seed, channels=9 if cls.fills else 4)
+        return cls.load(parts, dtype=torch.float32, device=torch.device("cpu"))
 
 
-def _tiny(name: str, seed: int) -> Components:
+def _tiny(name: str, seed: int, *, channels: int) -> Components:
     """Random parts, the same for equal seeds. The global random state is left as it was."""
     from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -155,6 +157,7 @@ def _tiny(name: str, seed: int) -> Components:
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(
             sample_size=8,
+            in_channels=channels,
             block_out_channels=(32, 64),
             layers_per_block=2,  # as at full size: the original code's names count them
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),

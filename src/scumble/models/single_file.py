@@ -5,19 +5,23 @@ Such a file (CompVis' names: "model.diffusion_model.", "first_stage_model.", "co
 weights and no configs. diffusers' loader would fetch the configs of a well-known base from the Hub; here they
 are told from the shapes, so that a local file needs no network and a base of unusual size loads too. Weights
 are read by diffusers.
+
+Families whose files name their components otherwise say how (see `file_layout`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from scumble.errors import ModelError
 from scumble.models.configs import Configs, Header, read_header
+from scumble.models.file_layout import layout_of, phrases
+from scumble.models.shapes import Shapes, clip_config, clip_sizes, counted, within
+from scumble.models.shapes import vae_config as vae_sizes
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
@@ -26,12 +30,11 @@ XL_CLIP, XL_OPEN_CLIP = f"{XL}0.transformer.text_model.", f"{XL}1.model."
 REFINER_OPEN_CLIP = f"{XL}0.model."
 
 SIGNS = (
-    ("joint_blocks.0.", "StableDiffusion3Pipeline"),
     ("double_stream_modulation_img.", "Flux2Pipeline"),
-    ("double_blocks.0.", "FluxPipeline"),
+    ("distilled_guidance_layer.", "ChromaPipeline"),
 )
 """Beginning of a tensor's name (after "model.diffusion_model.", where it has that) -> the pipeline it belongs
-to."""
+to, of those that no family reads."""
 
 ADAPTER_SIGNS = (
     "lora_up",
@@ -43,13 +46,23 @@ ADAPTER_SIGNS = (
     "hada_w1",
     "lokr_w",
     "_lora.",
+    "_lora1.",
+    "_lora2.",
 )
 
 XL_TIME_WIDTH = 256
 """Numbers by which SDXL is told each number of the picture's geometry: from the published configs, since shapes don't
 tell it."""
 
-Shapes = Mapping[str, tuple[int, ...]]
+PARTS = (
+    "down_blocks.",
+    "encoder.",
+    "text_model.",
+    "decoder.",
+    "transformer_blocks.",
+    "single_transformer_blocks.",
+)
+"""Beginnings of names in the files of single components in diffusers' layout."""
 
 
 def read_checkpoint(path: Path, name: str) -> Configs:
@@ -65,10 +78,15 @@ def read_checkpoint(path: Path, name: str) -> Configs:
         )
     header = read_header(path)
     shapes = header.shapes
+    if any(sign in key for key in shapes for sign in ADAPTER_SIGNS):
+        raise ModelError(f"{name} is not a checkpoint of a base model. {_what_file(shapes)}")
     bare = {key.removeprefix(UNET): key for key in shapes}
     for sign, pipeline in SIGNS:
         if any(key.startswith(sign) for key in bare):
             return Configs(name, pipeline, {}, weights_dtype=header.dtype)
+    layout = layout_of(shapes)
+    if layout is not None:
+        return layout.configs(header, name)
     if not any(key.startswith(UNET) for key in shapes):
         raise ModelError(f"{name} is not a checkpoint of a base model. {_what_file(shapes)}")
     has_vae = any(key.startswith(VAE) for key in shapes)
@@ -81,18 +99,18 @@ def read_checkpoint(path: Path, name: str) -> Configs:
             "If diffusers can load it, save it as a folder with save_pretrained and name that folder."
         ) from error
     stated, notes = _stated(header)
-    missing = [] if has_vae else [f"the VAE ({VAE}...) in the file"]
+    lacking = {} if has_vae else {"vae": f"the VAE ({VAE}...) in the file"}
     parts: dict[str, Mapping[str, Any]] = {
         "unet": unet,
-        "vae": vae,
+        "vae": vae or {"_class_name": "AutoencoderKL"},
         "scheduler": scheduler_config(stated, zero_snr="ztsnr" in shapes, xl=is_xl),
     }
     prefixes: dict[str, str] = {}
     for part, (prefix, text) in texts.items():
         prefixes[part] = prefix
         if text is None:
-            missing.append(f"the {part.replace('_', ' ')} ({prefix}...) in the file")
-        parts[part] = text or {}
+            lacking[part] = f"the {part.replace('_', ' ')} ({prefix}...) in the file"
+        parts[part] = text or {"_class_name": _text_class(part)}
         # OpenCLIP fills a prompt up with token 0, which is "!"; CLIP with its end token, the tokenizer's own
         # default
         parts[part.replace("text_encoder", "tokenizer")] = {
@@ -112,18 +130,23 @@ def read_checkpoint(path: Path, name: str) -> Configs:
         name,
         "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline",
         parts,
-        tuple(missing),
+        phrases(lacking),
         tuple(notes),
         count,
         header.dtype,
         probe=stated is None,
+        lacking=lacking,
     )
+
+
+def _text_class(part: str) -> str:
+    return "CLIPTextModelWithProjection" if part == "text_encoder_2" else "CLIPTextModel"
 
 
 def _what_file(shapes: Shapes) -> str:
     if any(sign in key for key in shapes for sign in ADAPTER_SIGNS):
         return "It is an adapter: name its base here, and the adapter where adapters go."
-    if any(key.startswith(("down_blocks.", "encoder.", "text_model.", "decoder.")) for key in shapes):
+    if any(key.startswith(PARTS) for key in shapes):
         return (
             "It is one component of a base in diffusers' layout: name the folder that holds model_index.json."
         )
@@ -147,12 +170,12 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
     Raises:
         KeyError: a tensor of Stable Diffusion's UNet is not there.
     """
-    s = {key.removeprefix(UNET): shape for key, shape in shapes.items() if key.startswith(UNET)}
+    s = within(shapes, UNET)
     levels: list[list[int]] = [[]]
     """Output channels of the residual blocks of each level."""
     attended: dict[int, int] = {}
     """Level -> index of an input block with a transformer."""
-    for index in range(1, _count(s, r"input_blocks\.(\d+)\.")):
+    for index in range(1, counted(s, r"input_blocks\.(\d+)\.")):
         if f"input_blocks.{index}.0.op.weight" in s:
             levels.append([])
             continue
@@ -168,10 +191,10 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
     if linear and any(count % 64 for count in channels):
         raise KeyError(f"a multiple of 64 in the channels {channels}")
     told = [key for key in shapes if key.startswith(XL)]
-    depth: Any = _count(s, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
+    depth: Any = counted(s, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
     if told:  # SDXL's transformers grow deeper with the level; on one without any, 1 means nothing
         blocks = (rf"input_blocks\.{attended.get(level)}\.1" for level in range(len(levels)))
-        depth = [_count(s, rf"{block}\.transformer_blocks\.(\d+)\.") or 1 for block in blocks]
+        depth = [counted(s, rf"{block}\.transformer_blocks\.(\d+)\.") or 1 for block in blocks]
     crossing = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
     plain = "DownBlock2D", "UpBlock2D"
     kinds = [crossing if level in attended else plain for level in range(len(levels))]
@@ -215,21 +238,14 @@ def default_side(unet: Mapping[str, Any], prediction: str | None) -> int:
 
 def vae_config(shapes: Shapes) -> dict[str, Any]:
     """diffusers' config of the VAE under "first_stage_model."."""
-    s = {key.removeprefix(VAE): shape for key, shape in shapes.items() if key.startswith(VAE)}
-    levels = _count(s, r"encoder\.down\.(\d+)\.")
-    return {
-        "_class_name": "AutoencoderKL",
-        "in_channels": s["encoder.conv_in.weight"][1],
-        "out_channels": s["decoder.conv_out.weight"][0],
-        "block_out_channels": [s[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(levels)],
-        "layers_per_block": _count(s, r"encoder\.down\.0\.block\.(\d+)\."),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "latent_channels": s["post_quant_conv.weight"][0],
-        "sample_size": 512,
+    s = within(shapes, VAE)
+    return vae_sizes(
+        s,
+        latent_channels=s["post_quant_conv.weight"][0],
+        sample_size=512,
         # the constants of all releases; a file without configs can't say another
-        "scaling_factor": 0.13025 if any(key.startswith(XL) for key in shapes) else 0.18215,
-    }
+        scaling_factor=0.13025 if any(key.startswith(XL) for key in shapes) else 0.18215,
+    )
 
 
 def text_configs(shapes: Shapes) -> dict[str, tuple[str, dict[str, Any] | None]]:
@@ -253,38 +269,25 @@ def text_config(shapes: Shapes, prefix: str, *, pooled: bool = False) -> dict[st
     its config has one layer less than the file.
     """
     kind = "CLIPTextModelWithProjection" if pooled else "CLIPTextModel"
-    common = {"_class_name": kind, "architectures": [kind], "model_type": "clip_text_model"}
-    projection: int | None = None
-    if f"{prefix}embeddings.token_embedding.weight" in shapes:
-        rows, width = shapes[f"{prefix}embeddings.token_embedding.weight"]
-        layers = _count(shapes, re.escape(prefix) + r"encoder\.layers\.(\d+)\.")
-        inner = shapes[f"{prefix}encoder.layers.0.mlp.fc1.weight"][0]
-        window, activation = shapes[f"{prefix}embeddings.position_embedding.weight"][0], "quick_gelu"
-    elif f"{prefix}token_embedding.weight" in shapes:
-        rows, width = shapes[f"{prefix}token_embedding.weight"]
-        layers = _count(shapes, re.escape(prefix) + r"transformer\.resblocks\.(\d+)\.")
-        layers -= (
-            layers == 24
-        )  # the last of ViT-H's 24 is there, and is not used; diffusers drops it by its number
-        inner = shapes[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"][0]
-        window, activation = shapes[f"{prefix}positional_embedding"][0], "gelu"
-        projection = shapes[f"{prefix}text_projection"][1] if pooled else None
-    else:
+    s = within(shapes, prefix)
+    if "embeddings.token_embedding.weight" in s:
+        return clip_config(s, kind)
+    if "token_embedding.weight" not in s:
         return None
-    return common | {
-        "vocab_size": rows,
-        # the last two rows of CLIP's vocabulary: <|startoftext|>, <|endoftext|>
-        "bos_token_id": rows - 2,
-        "eos_token_id": rows - 1,
-        "pad_token_id": rows - 1,
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": max(1, width // 64),
-        "max_position_embeddings": window,
-        "hidden_act": activation,
-        "projection_dim": projection or width,
-    }
+    rows, width = s["token_embedding.weight"]
+    layers = counted(s, r"transformer\.resblocks\.(\d+)\.")
+    # the last of ViT-H's 24 is there, and is not used; diffusers drops it by its number
+    layers -= layers == 24
+    return clip_sizes(
+        kind,
+        rows=rows,
+        width=width,
+        inner=s["transformer.resblocks.0.mlp.c_fc.weight"][0],
+        layers=layers,
+        window=s["positional_embedding"][0],
+        activation="gelu",
+        projection=s["text_projection"][1] if pooled else None,
+    )
 
 
 def scheduler_config(prediction: str | None, *, zero_snr: bool = False, xl: bool = False) -> dict[str, Any]:
@@ -318,9 +321,3 @@ def write_configs(configs: Configs, folder: Path) -> None:
         file = "scheduler_config.json" if part == "scheduler" else "config.json"
         (directory / file).write_text(json.dumps(dict(config)), encoding="utf-8")
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
-
-
-def _count(names: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that `pattern` finds at the beginning of a name."""
-    found = [int(match[1]) for name in names if (match := re.match(pattern, name))]
-    return max(found, default=-1) + 1

@@ -65,8 +65,9 @@ def tiny_tokenizer(padding: str = END) -> Any:
     )
 
 
-def tiny_vae(scaling_factor: float) -> Any:
-    """A random AutoencoderKL of 4 latent channels, 2 pixels per latent."""
+def tiny_vae(scaling_factor: float, *, channels: int = 4, shift_factor: float | None = None) -> Any:
+    """A random AutoencoderKL of so many latent channels, 2 pixels per latent. Those with a shift have no layers between
+    it and their latents, as at full size."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -74,9 +75,12 @@ def tiny_vae(scaling_factor: float) -> Any:
         layers_per_block=1,
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
+        latent_channels=channels,
         sample_size=16,
         scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        use_quant_conv=shift_factor is None,
+        use_post_quant_conv=shift_factor is None,
     )
 
 

@@ -29,7 +29,6 @@ EXTRA_CHANNELS = {
     5: "a depth-to-image model",
     7: "an upscaler",
     8: "an InstructPix2Pix model",
-    9: "an inpainting model",
 }
 """Input channels of a UNet over 4-channel latents -> what such a model is, where its family has no word for it."""
 
@@ -44,6 +43,7 @@ class UNetBase(LatentBase):
     """Each text encoder, and the tokenizer whose words it reads."""
     drawn_by: ClassVar[str] = "StableDiffusionPipeline"
     """The class of diffusers that draws with these parts."""
+    repeated: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock",)
 
     def __init__(self, family: str, parts: Components, *, dtype: torch.dtype, device: torch.device) -> None:
         """`parts` hold "unet", "vae", the text encoders and their tokenizers; they are moved to `device` and
@@ -202,8 +202,13 @@ class UNetFamily:
             and bool(unet.get("use_linear_projection", False)) == cls.linear
             and not any(unet.get(key) is not None for key in TOLD)
             and "text_encoder_2" not in configs.parts
-            and (unet.get("in_channels", 4) == 2 * unet.get("out_channels", 4) + 1) == cls.fills
+            and cls._is_filling(unet) == cls.fills
         )
+
+    @staticmethod
+    def _is_filling(unet: Mapping[str, Any]) -> bool:
+        """Whether the channels are those of a UNet that fills holes."""
+        return bool(unet.get("in_channels", 4) == 2 * unet.get("out_channels", 4) + 1)
 
     @classmethod
     def describe(cls, configs: Configs) -> BaseFacts:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from scumble.adapters.state import LayerPath
@@ -25,8 +26,8 @@ class Spot:
 
     file: Path
     name: str
-    begin: int
-    end: int
+    rows: tuple[tuple[int, int], ...]
+    """[begin, end), in the weight's order."""
     shape: tuple[int, ...]
     turned: bool = False
     """The file holds it transposed."""
@@ -90,9 +91,22 @@ class BaseFiles(Mapping[LayerPath, Tensor]):
 
     @staticmethod
     def part(whole: Tensor, spot: Spot) -> Tensor:
-        """The rows of a tensor of the file that are the weight; a view."""
-        rows = whole[spot.begin : spot.end] if whole.ndim else whole
+        """The rows of a tensor of the file that are the weight; a view where they are one piece."""
+        if not whole.ndim:
+            return whole
+        pieces = [whole[begin:end] for begin, end in spot.rows]
+        rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return rows.T if spot.turned else rows
+
+    @staticmethod
+    def add(whole: Tensor, spot: Spot, change: Tensor) -> None:
+        """Add a weight's change to its rows of a tensor of the file, in place."""
+        rows = change.T if spot.turned else change
+        done = 0
+        for begin, end in spot.rows:
+            piece = whole[begin:end]
+            piece += rows[done : done + end - begin].reshape(piece.shape).to(piece.dtype)
+            done += end - begin
 
     def __getitem__(self, path: LayerPath) -> Tensor:
         return self.tensor(self.spots[path])
@@ -160,7 +174,8 @@ def _open_folder(source: str, folder: Path, variant: str | None) -> BaseFiles:
             tensors = LazyTensors(file)
             for name in tensors:
                 shape = tensors.shape(name)
-                _sort(f"{root}.{name}", Spot(file, name, 0, shape[0] if shape else 0, shape), spots, other)
+                rows = ((0, shape[0] if shape else 0),)
+                _sort(f"{root}.{name}", Spot(file, name, rows, shape), spots, other)
     return BaseFiles(source, folder, spots, other)
 
 
@@ -178,7 +193,7 @@ def _open_file(source: str, path: Path) -> BaseFiles:
     spots: dict[LayerPath, Spot] = {}
     other: dict[str, Spot] = {}
     for name, mark in layer_marks({key: tensors.shape(key) for key in tensors}, source).items():
-        spot = Spot(path, mark.name, mark.begin, mark.end, mark.shape, mark.turned)
+        spot = Spot(path, mark.name, mark.rows, mark.shape, mark.turned)
         _sort(name, spot, spots, other)
     return BaseFiles(source, path, spots, other)
 

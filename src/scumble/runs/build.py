@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from scumble.adapters.targets import resolve
+from scumble.adapters.targets import named, resolve
 from scumble.data.check import DataReport, check
 from scumble.data.loader import Loader, no_progress, still_batches
 from scumble.data.problems import raise_all
@@ -69,7 +69,7 @@ def check_data(config: RunConfig, *, progress: Progress = no_progress) -> tuple[
         ModelError: there is no such base, or it can't be trained.
         DataError: pictures or captions can't be trained on; all of them are listed.
     """
-    facts = describe_base(config.base, revision=config.revision, variant=config.variant)
+    facts = describe_base(config.base, revision=config.revision, variant=config.variant, rest=config.rest)
     if facts.problems:
         raise ModelError("\n".join(facts.problems))
     method, words = METHODS.get(config.method), _words(config)
@@ -116,10 +116,12 @@ def build(
             revision=config.revision,
             variant=config.variant,
             prediction=config.prediction,
+            rest=config.rest,
         )
 
     base = load()
     check_prediction(base)
+    base.claim(named(config.adapter.targets, base.late))
     streams = Streams(config.train.seed)
     train, seed = config.train, config.train.seed
     method = METHODS.get(config.method)
@@ -253,7 +255,7 @@ def _words(config: RunConfig) -> list[Words]:
     """The base's tokenizers; none where it has none of its own (a single file)."""
     return [
         Words(tokenizer, tokenizer.model_max_length)
-        for tokenizer in load_tokenizers(config.base, revision=config.revision)
+        for tokenizer in load_tokenizers(config.base, revision=config.revision, rest=config.rest)
     ]
 
 

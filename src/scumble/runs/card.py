@@ -25,6 +25,8 @@ class CardFacts:
     """The repository's or the run's name."""
     base: str
     """The base as the run named it: Hub id, path or "picturebook"."""
+    rest: str = ""
+    """The base from which a single file took what it does not hold."""
     dataset: str = ""
     """The dataset as the run named it."""
     pictures: int | None = None
@@ -229,22 +231,25 @@ def _on_disk(facts: CardFacts) -> str:
 
 def _snippet(facts: CardFacts) -> Iterator[str]:
     several = bool(facts.words) and facts.word_encoders > 1
-    if several or (facts.changes_layers and not facts.diffusers_reads):
+    single_file = facts.base.endswith(".safetensors")
+    attaches = several or (facts.changes_layers and not facts.diffusers_reads)
+    if attaches or single_file:
         yield "import scumble"
-        if "/" in facts.name:
-            yield "from huggingface_hub import hf_hub_download"
-    yield "from diffusers import DiffusionPipeline"
+    if attaches and "/" in facts.name:
+        yield "from huggingface_hub import hf_hub_download"
+    if not single_file:
+        yield "from diffusers import DiffusionPipeline"
     if facts.base == "picturebook":
         yield "import scumble.picturebook"
         yield ""
         yield "pipeline = DiffusionPipeline.from_pretrained(scumble.picturebook.path())"
     else:
         yield ""
-        load = "StableDiffusionPipeline.from_single_file" if facts.base.endswith(".safetensors") else None
-        if load:
-            yield "from diffusers import StableDiffusionPipeline"
-            yield ""
-        yield f"pipeline = {load or 'DiffusionPipeline.from_pretrained'}({json.dumps(facts.base)})"
+        base, rest = json.dumps(facts.base), f", rest={json.dumps(facts.rest)}" if facts.rest else ""
+        if single_file:  # of whatever family: which pipeline it makes is told by its tensors
+            yield f"pipeline = scumble.load_base({base}{rest}).pipeline()"
+        else:
+            yield f"pipeline = DiffusionPipeline.from_pretrained({base})"
     target = json.dumps(
         facts.name if "/" in facts.name else (str(facts.folder) if facts.folder else facts.name)
     )

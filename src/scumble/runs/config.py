@@ -71,6 +71,10 @@ class _Common(Settings):
     """Branch, tag or commit of a Hub base."""
     variant: str | None = None
     """Variant of the base's weight files, e.g. fp16."""
+    rest: str | None = None
+    """Another base, a folder in diffusers' layout or a Hub id, from which a .safetensors checkpoint takes the
+    components that it does not hold: text encoders, VAE, tokenizers. Unset: the folder that it lies in, if that is such
+    a base."""
     prediction: Literal["epsilon", "v_prediction"] | None = None
     """What the base predicts. Unset: what its scheduler's configuration says. Set it only for a base that
     says wrong."""
@@ -96,7 +100,7 @@ class _Common(Settings):
     hub: HubSettings = HubSettings()
     """Where the trained adapter is published."""
 
-    @field_validator("base", mode="before")
+    @field_validator("base", "rest", mode="before")
     @classmethod
     def _path_to_text(cls, value: object) -> object:
         return str(value) if isinstance(value, Path) else value

@@ -37,6 +37,7 @@ def measure_effect(base: BaseModel, state: AdapterState) -> Effect:
     Raises:
         AdapterError: the adapter does not fit the base.
     """
+    base.claim(state.roots)
     prompts = [*PROMPTS, *(f"a photo of {word}" for word in state.tokens)]
     with base.sparing():
         text, prediction = _outputs(base, prompts)

@@ -178,8 +178,7 @@ def _changes(
             total = widened(weight).clone()
             for path in paths:
                 spot = files.spots[path]
-                rows = files.part(total, spot)
-                rows += combined_change(shares[path], settings).view(rows.shape).to(rows.dtype)
+                files.add(total, spot, combined_change(shares[path], settings).view(spot.shape))
             rounded = total.to(weight.dtype)
             if not bool(torch.isfinite(rounded.float()).all()):
                 raise AdapterError(

@@ -160,6 +160,7 @@ def file_facts(file: Path, name: str, base: str) -> CardFacts:
         return known
     return replace(
         known,
+        rest=config.rest or "",
         dataset=config.data.images if config.data else "",
         prompt=(config.pictures.caption or "") if config.pictures else "",
         method=config.method,
@@ -169,9 +170,11 @@ def file_facts(file: Path, name: str, base: str) -> CardFacts:
 
 
 def _draw(base: str, file: Path, prompts: Sequence[str], folder: Path) -> Any:
+    from scumble.inference.find_base import find_rest
     from scumble.inference.request import Request
     from scumble.models.loading import load_base
     from scumble.training.preview import previewer
 
     requests = [Request(prompt=prompt, seed=number) for number, prompt in enumerate(prompts)]
-    return tuple(previewer(load_base(base, dtype=None, device=None), requests, folder)(file, 0))
+    loaded = load_base(base, dtype=None, device=None, rest=find_rest(file, base))
+    return tuple(previewer(loaded, requests, folder)(file, 0))

@@ -205,8 +205,11 @@ def _run(
             adapter = save_as(adapter, config)
             for file in save_beside(adapter, config):
                 say(f"The same adapter in another dialect: {file}")
-            for file in export_words(adapter):
-                say(f"The new word alone, for pipe.load_textual_inversion of diffusers: {file}")
+            for file, encoders in export_words(adapter).items():
+                reader = "pipe.load_textual_inversion of diffusers"
+                if encoders > 1:  # which reads the rows of one encoder at a time
+                    reader = f"scumble.load_adapter, and in {encoders} steps for {reader}"
+                say(f"The new word alone, for {reader}: {file}")
         facts = card_facts(
             config, folder, repo or folder.path.resolve().name, facts=built.plan.facts, adapter=adapter
         )
@@ -310,8 +313,9 @@ def result_name(config: RunConfig) -> str:
     return str(getattr(METHODS.get(config.method), "file_name", WEIGHTS_NAME))
 
 
-def export_words(adapter: Path) -> list[Path]:
-    """The learned words of the file, each in a file of its own beside it, as diffusers reads them.
+def export_words(adapter: Path) -> dict[Path, int]:
+    """The learned words of the file, each in a file of its own beside it, as diffusers reads them, with the number of
+    text encoders that the word has rows for.
 
     Together with the file itself, whose words diffusers passes over, that is the adapter in two files:
     `pipe.load_lora_weights` and `pipe.load_textual_inversion`. An embedding that is one already is left as it is.
@@ -323,11 +327,13 @@ def export_words(adapter: Path) -> list[Path]:
 
     state = read(adapter).state
     if not state.tokens or (not state.layers and len(state.tokens) == 1):
-        return []
-    return [
-        write(replace(alone, metadata=state.metadata), adapter.with_name(name), dialect="embedding")
+        return {}
+    return {
+        write(replace(alone, metadata=state.metadata), adapter.with_name(name), dialect="embedding"): max(
+            len(token.vectors) for token in alone.tokens.values()
+        )
         for name, alone in one_by_one(state.tokens).items()
-    ]
+    }
 
 
 def save_beside(adapter: Path, config: RunConfig) -> tuple[Path, ...]:
@@ -398,6 +404,7 @@ def card_facts(
     common = {
         "name": name,
         "base": config.base,
+        "rest": config.rest or "",
         "dataset": config.data.images if config.data else "",
         "prompt": (data.caption or "") if (data := config.pictures) else "",
         "method": config.method,

@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +15,15 @@ from torch import Tensor
 
 from scumble.errors import ConfigError
 from scumble.rng import Streams
-from scumble.training.events import Finished, Sink, Started
+from scumble.training.engine import Driver, Engine, Work
+from scumble.training.events import Finished, Noted, Sink, Started
 from scumble.training.interrupt import Interrupt
 from scumble.training.keeper import Keeper, Previewer
 from scumble.training.meter import Measured, Meter
 from scumble.training.numerics import arithmetic, make_accelerator
-from scumble.training.optimizers import build_optimizer, skipping, skips_on_device
+from scumble.training.optimizers import build_optimizer
 from scumble.training.plan import Phase, Plan, Stretch, nothing
-from scumble.training.proofs import GradientWatch, check_processes_agree, check_reaches
+from scumble.training.proofs import GradientWatch, check_processes_agree
 from scumble.training.schedules import factor
 from scumble.training.settings import TrainSettings
 from scumble.training.sinks.fanout import Fanout
@@ -31,6 +31,8 @@ from scumble.training.state import ADAPTER, Layout
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from scumble.data.record import Batch
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,16 @@ def _train_phase(phase: Phase, start: int, keeper: Keeper, wish: Interrupt) -> b
     keeper.wake(phase)
     objective, stepper = accelerator.prepare(phase.objective, build_optimizer(phase.optimizer, groups))
     keeper.restore_optimizer(stepper.optimizer, phase)
+    work = Work(
+        phase.objective,
+        objective,
+        stepper,
+        parameters,
+        settings.max_grad_norm,
+        keeper.plan.blocks,
+        accelerator,
+    )
+    driver = Driver(settings.engine, work, lambda text: keeper.tell(Noted(keeper.step, text)))
     watch = GradientWatch({keeper.names[parameter]: parameter for parameter in parameters})
     meter = Meter(accelerator, keeper.tell, settings.nonfinite_limit, keeper.last_good)
     meter.in_a_row, opening = keeper.in_a_row, keeper.step
@@ -155,29 +167,21 @@ def _train_phase(phase: Phase, start: int, keeper: Keeper, wish: Interrupt) -> b
                 name: peak * factor(phase.schedule, course.first + done, course.course, peak)
                 for name, peak in peaks.items()
             }
-            for group in stepper.optimizer.param_groups:
-                group["lr"] = rates[group["name"]]
-            stepper.zero_grad()
             batches = list(itertools.islice(stream, settings.accumulate))
-            samples, losses = sum(map(len, batches)), []
-            for number, batch in enumerate(batches):
-                position = (done * len(batches) + number) * share + rank
-                # dropout too must not remember what came before
-                torch.manual_seed(streams.number("dropout", start, position))
-                with accelerator.no_sync(objective) if number + 1 < len(batches) else nullcontext():
-                    each = check_reaches(objective(batch))
-                    accelerator.backward(_honest(each.sum() / samples))
-                losses.append(each.detach())
-                if alone and wish.asked and number + 1 < len(batches):
-                    # the half-done step is dropped: after a resume it is done whole
-                    return _stop(phase, keeper, meter, stepper)
-            norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm or float("inf"))
+            places = [(done * len(batches) + number) * share + rank for number in range(len(batches))]
+            # dropout too must not remember what came before
+            seeds = [streams.number("dropout", start, place) for place in places]
+            losses = driver.do(lambda engine: _gradients(engine, batches, seeds, wish if alone else None))  # noqa: B023
+            if len(losses) < len(batches):
+                # the half-done step is dropped: after a resume it is done whole
+                return _stop(phase, keeper, meter, stepper)
+            norm = driver.do(lambda engine: engine.clip())
             if not watch.satisfied and norm.isfinite():
                 watch.see(keeper.step + 1, meter.moved)
                 if keeper.step == opening:
                     check_processes_agree(parameters, accelerator)
             skip = (~norm.isfinite()).float()
-            _step(stepper, skip, scaled=accelerator.scaler is not None)
+            driver.do(lambda engine: engine.step(rates, skip))  # noqa: B023 - it is done at once
             keeper.step += 1
             if keeper.ema is not None:
                 keeper.ema.update(keeper.step, skip)
@@ -199,6 +203,7 @@ def _train_phase(phase: Phase, start: int, keeper: Keeper, wish: Interrupt) -> b
         keeper.leave(phase, stepper.optimizer)
         return True
     finally:
+        driver.close()
         accelerator.unwrap_model(objective, keep_fp32_wrapper=False).eval()
         stepper.zero_grad()
         keeper.wake(None)
@@ -214,22 +219,18 @@ def _stop(phase: Phase, keeper: Keeper, meter: Meter, stepper: Any) -> bool:
     return False
 
 
-def _honest(loss: Tensor) -> Tensor:
-    """`loss`, whose gradient is NaN when the loss is not finite: then one look at the gradient tells all
-    processes."""
-    return loss * torch.where(loss.detach().isfinite(), 1.0, float("nan"))
-
-
-def _step(stepper: Any, skip: Tensor, scaled: bool) -> None:
-    """One optimizer step, left out where `skip` is 1; without waiting for the device where the optimizer
-    can."""
-    if scaled:
-        stepper.step()  # fp16's loss scaler looks at the same gradients and skips by itself
-    elif skips_on_device(stepper.optimizer):
-        with skipping(stepper.optimizer, skip):
-            stepper.step()
-    elif not skip.item():
-        stepper.step()
+def _gradients(
+    engine: Engine, batches: Sequence[Batch], seeds: Sequence[int], wish: Interrupt | None
+) -> list[Tensor]:
+    """The gradients of one step; the losses (B,) of its batches, fewer of them where `wish` asked to stop."""
+    engine.zero()
+    samples, losses = sum(map(len, batches)), list[Tensor]()
+    for batch, seed in zip(batches, seeds, strict=True):
+        if losses and wish is not None and wish.asked:
+            break
+        torch.manual_seed(seed)
+        losses.append(engine.backward(batch, samples, last=len(losses) + 1 == len(batches)))
+    return losses
 
 
 def _anyone(accelerator: Accelerator, wish: Interrupt) -> bool:

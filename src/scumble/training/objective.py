@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -21,6 +21,7 @@ from scumble.errors import ConfigError
 from scumble.models.prediction import shifted, wide
 from scumble.rng import Streams
 from scumble.settings import Settings
+from scumble.training.tensors import sent
 from scumble.training.timesteps import TimestepSettings, levels
 
 if TYPE_CHECKING:
@@ -75,6 +76,17 @@ class ObjectiveSettings(Settings):
         return self
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A batch with its random numbers: all that its losses depend on beside the weights."""
+
+    batch: Batch
+    noise: Tensor
+    """(B, C, h, w) fp32"""
+    t: Tensor
+    """(B,) in the prediction's units"""
+
+
 class DenoisingObjective(nn.Module):
     """`forward(batch) -> losses (B,)`, fp32: exactly what training differentiates.
 
@@ -112,15 +124,18 @@ class DenoisingObjective(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """(B,) weighted losses. `batch` may be on any device."""
-        device = next(self.base.denoiser.parameters()).device
-        noise = self.noise(batch.positions, batch.latents.shape[1:]).to(device)
-        return denoising_loss(
-            self.base,
-            batch,
-            noise,
-            self.timesteps(batch.positions, batch.latents.shape).to(device),
-            self.settings,
-        )
+        return self.measured(self.drawn(batch))
+
+    def drawn(self, batch: Batch) -> Drawn:
+        """`batch` with its random numbers, on its way to the denoiser's device: the host's part of `forward`."""
+        noise = self.noise(batch.positions, batch.latents.shape[1:])
+        t = self.timesteps(batch.positions, batch.latents.shape)
+        return sent(Drawn(batch, noise, t), next(self.base.denoiser.parameters()).device)
+
+    def measured(self, drawn: Drawn) -> Tensor:
+        """(B,) weighted losses of what was drawn: the device's part. A function of the tensors in `drawn` and of the
+        weights, and where there is conditioning of nothing else."""
+        return denoising_loss(self.base, drawn.batch, drawn.noise, drawn.t, self.settings)
 
     def train(self, mode: bool = True) -> DenoisingObjective:
         """Switch what trains (an adapter's dropout); the frozen base keeps its own mode."""

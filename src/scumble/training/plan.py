@@ -89,5 +89,7 @@ class Plan:
     identity: Mapping[str, object] = field(default_factory=dict)
     """What a resume must find unchanged, beside what the loop compares itself: base, adapter and objective
     settings. JSON values."""
+    blocks: Sequence[nn.Module] = ()
+    """Blocks of the base of which there are many alike: what `engine = "compile"` compiles."""
     facts: Mapping[str, object] = field(default_factory=dict)
     """What a person is told before the start: layers, parameters, pictures, batches an epoch, file size."""

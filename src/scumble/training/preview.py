@@ -72,6 +72,7 @@ class Previewer:
             except NoEffect as error:
                 notes.append(str(error))
                 drawings = [drawing for drawing, _ in self._drawn]
+        self._base.release()
         panels = []
         for number, ((base, base_path), drawing) in enumerate(zip(self._drawn, drawings, strict=True), 1):
             path = drawing.save(self._folder / f"{step:06}-{number:02}.png")

@@ -24,6 +24,10 @@ class TrainSettings(Settings):
     precision: Literal["no", "fp16", "bf16"] = "no"
     """Arithmetic of forward and backward: no (fp32), fp16 (GPU only) or bf16. What trains is stored in fp32
     always."""
+    engine: Literal["eager", "compile", "graph"] = "eager"
+    """How a step is computed: eager (one operation after the other), compile (torch.compile on the base's repeated
+    blocks; needs a C++ compiler, on a GPU Triton; the first steps take longer) or graph (whole steps recorded as CUDA
+    graphs, on a GPU). What can't be done here is done eagerly, and said."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about half the memory for about 1.4 times the time."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)

@@ -1,0 +1,277 @@
+"""The prior: while a subject is learned, its class is kept as the base knows it.
+
+Source: Ruiz et al. 2023, "DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation",
+equation 2: mean(instance) + lambda * mean(prior). The prior's half is taught by class pictures, as in the paper, or
+without any picture by what the base answers to the class prompt where the adapter is off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from scumble.data.problems import Problem
+from scumble.data.settings import DataSettings, PathText
+from scumble.data.sources import pictures_in
+from scumble.data.woven import Embeddable, Woven
+from scumble.methods.method import Ingredients
+from scumble.methods.text_encoder import text_roots
+from scumble.models.text import Words
+from scumble.rng import Streams
+from scumble.settings import Settings
+from scumble.training.objective import (
+    DenoisingObjective,
+    Drawn,
+    ObjectiveSettings,
+    compared,
+    with_guidance,
+)
+
+if TYPE_CHECKING:
+    from scumble.adapters.adapter import Adapter
+    from scumble.data.record import Batch, Batches
+    from scumble.models.family import BaseModel, Conditioning
+
+CLASS_COUNT = 100
+"""Class pictures that are drawn where neither a number nor a folder is given."""
+_DRAWN = ("class_count", "class_images", "class_seed", "class_steps", "class_guidance", "class_batch")
+"""Settings that only class pictures have."""
+
+
+class PriorSettings(Settings):
+    """How the class of a subject is kept."""
+
+    class_prompt: str | None = Field(None, min_length=1)
+    """The same without the rare word: "a photo of a dog"."""
+    prior: Literal["none", "images", "prediction"] = "none"
+    """How the class is kept. "images": class pictures train beside the subject's. "prediction": no class picture; the
+    adapter is held to what the bare base answers to the class prompt. "none": it is not."""
+    prior_weight: float = Field(1.0, gt=0)
+    """Lambda: how much the prior counts beside the subject."""
+    class_images: PathText | None = None
+    """Folder of class pictures. Where class_prompt is given, it is their caption, and the base draws those that are
+    missing into this folder. Unset: the base draws all, into the cache."""
+    class_count: int | None = Field(None, ge=1)
+    """Class pictures, at least. Unset: as many as there are in class_images, or else 100."""
+    class_seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the first class picture that is drawn; the n-th uses class_seed + n."""
+    class_steps: int = Field(25, ge=1)
+    """Denoising steps of a drawn class picture."""
+    class_guidance: float | None = Field(None, ge=0)
+    """Classifier-free guidance of a drawn class picture. Unset: the base's own, usually 7.5."""
+    class_batch: int = Field(4, ge=1)
+    """Class pictures drawn at once."""
+
+    @model_validator(mode="after")
+    def _prior_has_an_effect(self) -> PriorSettings:
+        if self.prior != "images":
+            # run.toml writes every setting out, those that nobody touched too
+            usual = {name: type(self).model_fields[name].default for name in _DRAWN}
+            idle = [name for name in _DRAWN if getattr(self, name) != usual[name]]
+            if idle:
+                raise ValueError(
+                    f'{", ".join(idle)}: class pictures have no effect with prior = "{self.prior}". '
+                    'Set prior = "images", or remove the setting.'
+                )
+        if self.prior == "none" and "prior_weight" in self.model_fields_set and self.prior_weight != 1:
+            raise ValueError(
+                f'prior_weight = {self.prior_weight:g} has no effect with prior = "none". '
+                'Set prior = "images" or prior = "prediction".'
+            )
+        if self.prior == "prediction" and self.class_prompt is None:
+            raise ValueError(
+                'prior = "prediction" compares what adapter and base answer to the class prompt, and class_prompt is '
+                'not set. Give it, e.g. class_prompt = "a photo of a dog".'
+            )
+        if self.prior == "images" and self.class_prompt is None and self.class_images is None:
+            raise ValueError(
+                'prior = "images" needs class pictures, or a class_prompt that the base can draw them from. '
+                'Give class_images = "folder/", or class_prompt = "a photo of a dog".'
+            )
+        return self
+
+
+class Prior:
+    """The prior of one run: what it puts beside the subject's pictures, and into the loss."""
+
+    def __init__(self, ingredients: Ingredients, options: PriorSettings, *, text_embeddings: bool) -> None:
+        """To be made before the base is adapted: it draws the class pictures that are missing, and reads the class
+        prompt. `text_embeddings`: whether the class pictures bring their captions as embeddings.
+        """
+        self._ingredients, self._options = ingredients, options
+        self._beside: Batches | None = None
+        self._kept: Conditioning | None = None
+        self.told: dict[str, object] = {"prior": options.prior}
+        """What a person is told before the start."""
+        if options.prior == "images":
+            self._beside = _class_batches(ingredients, options, text_embeddings)
+            if self._beside is not None:
+                self.told["class pictures"] = self._beside.samples
+        elif options.prior == "prediction":
+            with torch.no_grad():
+                self._kept = ingredients.base.encode_prompts([options.class_prompt or ""])
+
+    def beside(self, batches: Batches) -> Batches:
+        """The subject's batches, with class pictures in turn where there are some."""
+        if self._beside is None:
+            return batches
+        first, second = cast(Embeddable, batches), cast(Embeddable, self._beside)
+        return Woven(first, second, weight=self._options.prior_weight)
+
+    def objective(self, adapter: Adapter, among: Sequence[str] | None) -> DenoisingObjective:
+        """The loss of a phase in which the roots `among` may train; None is all."""
+        base, settings = self._ingredients.base, self._ingredients.train.objective
+        if self._kept is None:
+            return DenoisingObjective(base, self._ingredients.streams, settings, among=among)
+        return PriorPrediction(
+            base,
+            adapter,
+            self._ingredients.streams,
+            settings,
+            prompt=self._options.class_prompt or "",
+            kept=self._kept,
+            weight=self._options.prior_weight,
+            among=among,
+        )
+
+
+def check_prior(options: PriorSettings, data: DataSettings | None) -> Iterable[Problem]:
+    """What is wrong with the class pictures, told before anything is drawn."""
+    if options.prior != "images":
+        return
+    if data is not None and data.buckets:
+        text = (
+            'trains pictures in several shapes, and prior = "images" pairs each with a class picture of the same '
+            'shape. Set buckets = false, or prior = "prediction", which needs no class pictures.'
+        )
+        yield Problem("buckets", "data.buckets", text)
+    if options.class_images is None:
+        return
+    place = Path(options.class_images).expanduser()
+    if place.exists() and not place.is_dir():
+        yield Problem("class pictures", options.class_images, "is a file, not a folder.")
+    elif options.class_prompt is None:
+        found = len(pictures_in(place)) if place.is_dir() else 0
+        if found < (options.class_count or 1):
+            text = (
+                f"holds {found} pictures, class_count asks for {options.class_count or 1}, and without a "
+                "class_prompt the base can't draw the missing ones. Add pictures, lower class_count, or give "
+                "class_prompt."
+            )
+            yield Problem("class pictures", options.class_images, text)
+
+
+def too_long(place: str, prompt: str | None, words: Sequence[Words]) -> Iterable[Problem]:
+    """A prompt that the base would not read to the end, with what is cut off. `place`: the setting's name."""
+    cut = [lost for one in words for lost in one.truncated([prompt] if prompt else [])]
+    if cut:
+        worst = max(cut, key=lambda lost: len(lost.lost))
+        text = (
+            f"has {worst.tokens} tokens and the base reads {worst.limit}. This would be cut off: {worst.lost!r}. "
+            "Shorten the prompt."
+        )
+        yield Problem("long prompt", place, text)
+
+
+def class_data(options: PriorSettings, data: DataSettings, folder: Path | str) -> DataSettings:
+    """How the class pictures in `folder` are shown: in the form of the subject's, every one, with the class prompt, or
+    where there is none with captions of their own."""
+    own = DataSettings(images=str(folder))
+    plain = ["split", "dataset_config", "max_samples", "held_out", "repeats", "masks", "templates"]
+    plain += ["shuffle_tags", "keep_tags", "allow_upscale"]
+    return data.model_copy(
+        update={
+            "images": own.images,
+            "caption": options.class_prompt,
+            **{name: getattr(own, name) for name in plain},
+        }
+    )
+
+
+def _class_batches(ingredients: Ingredients, options: PriorSettings, text_embeddings: bool) -> Batches | None:
+    """Class pictures in the form of the subject's, the missing ones drawn; None where nothing may be drawn."""
+    data, place = ingredients.data, options.class_images
+    assert data is not None and ingredients.open_batches is not None
+    folder = None if place is None else Path(place).expanduser()
+    if options.class_prompt is not None:
+        if ingredients.draw is None:
+            return None
+        there = len(pictures_in(folder)) if folder is not None and folder.is_dir() else 0
+        folder = ingredients.draw(
+            options.class_prompt,
+            options.class_count or there or CLASS_COUNT,
+            folder=folder,
+            seed=options.class_seed,
+            steps=options.class_steps,
+            guidance=options.class_guidance,
+            side=data.resolution,
+            batch=options.class_batch,
+        )
+    assert folder is not None
+    return ingredients.open_batches(
+        class_data(options, data, folder),
+        batch_size=ingredients.pictures.batch_size,
+        text_embeddings=text_embeddings,
+    )
+
+
+class PriorPrediction(DenoisingObjective):
+    """The denoising loss, and beside it how far the adapter moves what the base answers to the class prompt.
+
+    A row's loss is instance + weight * prior, so that the mean over rows is mean(instance) + weight * mean(prior). The
+    prior compares two answers at the row's own noisy latents x_t: the adapter's, and as its target the bare base's.
+    It is measured as the instance's loss is (huber, min-SNR), over the whole picture: masks and the weights of samples
+    are about the subject.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        adapter: Adapter,
+        streams: Streams,
+        settings: ObjectiveSettings | None = None,
+        *,
+        prompt: str,
+        kept: Conditioning,
+        weight: float,
+        among: Collection[str] | None = None,
+    ) -> None:
+        """`kept`: the class prompt as the bare base reads it, one row; `weight`: lambda."""
+        super().__init__(base, streams, settings, among=among)
+        self.adapter, self.prompt, self.kept, self.weight = adapter, prompt, kept, weight
+        touched = {path.partition(".")[0] for path in adapter.deltas}
+        self.texts = touched & set(text_roots(base))
+        """Text encoders that the adapter changes: the class prompt is read anew at each step."""
+
+    def measured(self, drawn: Drawn) -> Tensor:
+        """See `DenoisingObjective`."""
+        return super().measured(drawn) + self.weight * self._prior(drawn.batch, drawn.noise, drawn.t)
+
+    def _prior(self, batch: Batch, noise: Tensor, t: Tensor) -> Tensor:
+        """(B,) losses between the adapter's answers to the class prompt and the base's."""
+        base, count = self.base, len(batch)
+        x0 = batch.latents.to(noise.device, non_blocking=True)
+        noisy = base.prediction.noisy(x0, noise, t).to(base.dtype)
+
+        def answer(said: Conditioning) -> Tensor:
+            rows = said.map(lambda one: one.expand(count, *one.shape[1:]))
+            rows = replace(rows, shown=batch.shown).to(noise.device, base.dtype)
+            return base.denoise(noisy, t, with_guidance(rows, self.settings), batch.frame)
+
+        mine = answer(self._read())
+        with torch.no_grad(), self.adapter.disabled():
+            theirs = answer(self.kept)
+        return compared(mine, theirs, None, base.prediction, t, self.settings)
+
+    def _read(self) -> Conditioning:
+        """The class prompt as the adapter reads it, one row."""
+        if not self.texts:
+            return self.kept
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.texts.isdisjoint(self.roots)):
+            return self.base.encode_prompts([self.prompt])

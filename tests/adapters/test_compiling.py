@@ -18,8 +18,10 @@ from scumble.training.compiled import open_sizes
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 def layer() -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,31 @@ def test_check_mix_shows_a_table_and_a_picture(files: tuple[Path, Path], tmp_pat
     with Image.open(tmp_path / "same.png") as image:
         deep = sum(count for count, color in image.getcolors(1 << 20) or [] if color == (178, 24, 43))
     assert deep > 0 and not any(color == (178, 24, 43) for _, color in quiet.getcolors(1 << 20) or [])
+
+
+def test_check_mix_says_which_will_damage_the_other(tmp_path: Path) -> None:
+    from scumble.runs.check_mix import check
+
+    one = adapter(ATTENTION, rank=4)
+
+    def times(factor: float) -> Path:
+        layers = {path: replace(part, alpha=factor * part.alpha) for path, part in one.layers.items()}
+        return write(AdapterState(layers), tmp_path / f"times{factor:g}.safetensors")
+
+    plain, twice, nearly = times(1), times(2), times(1.1)
+    there, back = check(plain, twice), check(twice, plain)
+    assert there.shares == pytest.approx((2 / 3, 1 / 3)) and back.shares == pytest.approx((1 / 3, 2 / 3))
+    assert there.norms is not None
+    total = sum(float(change_of(path, part).square().sum()) for path, part in one.layers.items()) ** 0.5
+    assert there.norms == pytest.approx((total, 2 * total), rel=1e-5)
+    for found in (there, back):
+        assert "Expect times2.safetensors to damage times1.safetensors more" in found.verdict
+        assert "2.0 times as large" in found.verdict
+    assert check(plain, plain).shares == (0.5, 0.5) and "no side is told" in check(plain, plain).verdict
+    assert "no side is told" in check(plain, nearly).verdict
+    assert there.verdict in run("check-mix", plain, twice)
+    assert "name it with --base" in replace(there, norms=None).verdict
+    assert replace(there, norms=None).shares is None
 
 
 def test_merge_into_a_base_and_extract_from_it(tmp_path: Path) -> None:

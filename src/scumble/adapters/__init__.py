@@ -20,7 +20,7 @@ factors.py   a change as a thin product: its singular values, its norm, how much
 mix.py       several adapters become one; what one does and another does not
 resize.py    the nearest adapter of smaller rank
 extract.py   a LoRA from a full fine-tune
-overlap.py   how far two adapters meet in each layer, and whether they fight there
+overlap.py   how far two adapters meet in each layer, and whether they agree there
 """
 
 from __future__ import annotations

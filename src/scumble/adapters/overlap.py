@@ -3,8 +3,9 @@
 Legend: A and B the two changes to one weight, (out, in); U their left and V their right singular vectors.
 
 A change reads from a subspace of the layer's inputs (spanned by V) and writes into one of its outputs (spanned
-by U). Two adapters disturb each other only where both coincide: B must react to what A reads, and write where A
-writes. Whether that hurts depends on whether they want the same there.
+by U). Within one layer two adapters act on the same only where both coincide: B must react to what A reads, and write
+where A writes. This tells where they meet, not whether pictures suffer: how large the changes are, and what the layers
+after them make of both, no share here knows.
 
     right      mean squared cosine of the principal angles between the V: 0 they read nothing in common,
                1 they read the same (Bjorck and Golub, 1973)

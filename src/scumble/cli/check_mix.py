@@ -1,4 +1,4 @@
-"""`scumble check-mix A B`: where two adapters will fight, told from their weights before anything is drawn."""
+"""`scumble check-mix A B`: where two adapters meet, and which will damage the other, told from their weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_mix(
     base: Base = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Say where two adapters overlap, and where they will fight."""
+    """Say where two adapters meet, and which will damage the other."""
     from rich.console import Console
     from rich.table import Table
 
@@ -42,6 +42,7 @@ def check_mix(
     console.print(table)
     for line in found.notes:
         console.print(line, markup=False)
+    console.print(found.verdict, markup=False, style="bold")
     if picture is not None:
         draw(found).save(picture)
         typer.echo(picture)

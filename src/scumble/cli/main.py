@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "subtract": ("scumble.cli.subtract:subtract", "Take one adapter's change out of another's."),
     "check-mix": (
         "scumble.cli.check_mix:check_mix",
-        "Say where two adapters overlap, and where they will fight.",
+        "Say where two adapters meet, and which will damage the other.",
     ),
     "data": ("scumble.cli.data:app", "Check a dataset before training on it."),
     "config": ("scumble.cli.config:app", "Write, check and describe settings files."),

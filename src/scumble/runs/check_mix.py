@@ -1,11 +1,15 @@
-"""Checking a mix: two adapters' files compared block by block, as a table and as a picture.
+"""Checking a mix: two adapters' files compared before anything is drawn, as a table, a picture and a verdict.
 
-What the columns mean is said in `adapters/overlap.py`; a block's number is the mean over its layers, each
-counted by the product of the two changes' norms, so that layers which one of them hardly touches count little.
+The columns of the table tell where in the weights the two meet (`adapters/overlap.py`); a block's number is the mean
+over its layers, each counted by the product of the two changes' norms, so that layers which one of them hardly
+touches count little. They are no measure of damage: on the picturebook, whose pictures were judged, none of them goes
+with it. What does is how large one change is beside the other, `MixCheck.shares`: the larger one damages the smaller
+(`benchmarks/mixes.py`). How much a pair is damaged in all, nothing here tells.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scumble.adapters.overlap import Overlap, overlap
-from scumble.formats.inspection import block_of
-from scumble.runs.base_files import open_base
+from scumble.adapters.state import AdapterState
+from scumble.formats.inspection import block_of, blocks_of
+from scumble.runs.base_files import BaseFiles, open_base
 from scumble.runs.rework import ingredient
 
 if TYPE_CHECKING:
@@ -29,6 +34,9 @@ COLUMNS: Mapping[str, str] = {
     "conflict": "conflict",
 }
 """Column -> field of LayerOverlap."""
+EVEN = 1.25
+"""Norms whose ratio is below this are told as alike. That far apart, the smaller one lost more in all 14 of the
+picturebook's unequal pairs, 12 of them a style beside a creature; closer together in 3 of 5."""
 DRAWN = ("reads", "writes", "conflict")
 """Columns of the picture."""
 
@@ -54,6 +62,34 @@ class MixCheck:
     rows: tuple[Row, ...]
     whole: Row
     notes: tuple[str, ...]
+    norms: tuple[float, float] | None = None
+    """Frobenius norms of the two whole changes, at strength 1; None where a base's weights would be needed."""
+
+    @property
+    def shares(self) -> tuple[float, float] | None:
+        """What each has to bear: ||B|| / (||A|| + ||B||) for A, ||A|| / (||A|| + ||B||) for B. Above a half, the
+        other is the larger, and damages it more than the other way round."""
+        if self.norms is None or not sum(self.norms):
+            return None
+        one, two = self.norms
+        return two / (one + two), one / (one + two)
+
+    @property
+    def verdict(self) -> str:
+        """Which will damage the other, in plain words."""
+        if self.norms is None:
+            return "Which damages the other can't be told without the base's weights: name it with --base."
+        (small, quiet), (large, loud) = sorted(zip(self.norms, self.names, strict=True))
+        figures = f"norms {self.norms[0]:.3g} and {self.norms[1]:.3g}"
+        if large < EVEN * small:
+            return (
+                f"Neither is much larger ({figures}): if they damage each other, no side is told beforehand."
+            )
+        times = f"{large / small:.1f} times as large" if small else "all there is"
+        return (
+            f"Expect {loud} to damage {quiet} more than the other way round: its change is {times} ({figures}). How "
+            "much, only pictures tell."
+        )
 
 
 def check(
@@ -87,7 +123,16 @@ def check(
     if names[0] == names[1]:  # files are often called alike, and their folders are not
         names = read[0].file.path.parent.name, read[1].file.path.parent.name
     rows = tuple(_row(name, found, paths) for name, paths in groups.items())
-    return MixCheck(names, rows, _row("everything", found, list(found.layers)), tuple(_notes(found)))
+    norms = [_norm(one.file.state, weights) for one in read]
+    whole = _row("everything", found, list(found.layers))
+    sizes = None if norms[0] is None or norms[1] is None else (norms[0], norms[1])
+    return MixCheck(names, rows, whole, tuple(_notes(found)), sizes)
+
+
+def _norm(state: AdapterState, weights: BaseFiles | None) -> float | None:
+    norms = [block.norm for block in blocks_of(state, weights)]
+    known = [norm for norm in norms if norm is not None]
+    return math.hypot(*known) if len(known) == len(norms) else None
 
 
 def _row(name: str, found: Overlap, paths: list[str]) -> Row:
@@ -99,6 +144,7 @@ def _notes(found: Overlap) -> list[str]:
         "reads, writes: how much of the narrower change's inputs and outputs the other shares (0 to 1; 'by chance' "
         "is what unrelated ones of these ranks share)",
         "conflict: how much of both happens in the same place and disagrees (0 none, 0.5 unrelated, 1 they cancel)",
+        "The table says where two changes meet, not what it costs: its columns did not foretell damage.",
     ]
     alone = len(found.only_first), len(found.only_second)
     if any(alone):

@@ -106,7 +106,7 @@ def measure(path: Path, ours: Any, theirs: Any, rounds: int) -> Times:
         )
         theirs.unload_lora_weights()
 
-    # Garbage is collected before every turn: none pays for what the other left. What is there by now (a hundred thousand
+    # Garbage is collected before every turn: none pays for what the other left. What is there by now (many thousand
     # objects of torch and diffusers) is not looked through each time, which would empty the processor's caches.
     gc.collect()
     gc.freeze()

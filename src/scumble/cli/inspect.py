@@ -124,7 +124,8 @@ def _compare(console: Console, file: Path, against: str) -> None:
     from scumble.models.loading import load_base
 
     base = load_base(against, dtype=torch.float32, device=torch.device("cpu"))
-    base.claim(read(file, allow_partial=True).state.roots)
+    if base.late:
+        base.claim(read(file, allow_partial=True).state.roots)
     found = read(file, layers_of(base.roots, norms=True), allow_partial=True)
     console.print(Text(f"\nagainst {base.name}: {found.report}"))
     mine = found.state.metadata.base_fingerprint

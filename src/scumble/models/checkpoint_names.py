@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import SimpleNamespace
 
-from scumble.errors import ModelError
 from scumble.models.file_layout import layout_of
 from scumble.models.marks import Mark, marks_of
-from scumble.models.single_file import UNET, text_configs, unet_config
+from scumble.models.single_file import UNET, not_laid_out, text_configs, unet_config
 
 
 def layer_marks(shapes: Mapping[str, tuple[int, ...]], name: str) -> dict[str, Mark]:
@@ -38,10 +37,7 @@ def layer_marks(shapes: Mapping[str, tuple[int, ...]], name: str) -> dict[str, M
             {key: mark for key, mark in marks.items() if key.startswith(UNET)}, unet_config(shapes)
         )
     except (KeyError, IndexError) as error:
-        raise ModelError(
-            f"{name} is not laid out as Stable Diffusion's checkpoints are: {error} is not where it belongs. If "
-            "diffusers can load it, save it as a folder with save_pretrained and name that folder."
-        ) from error
+        raise not_laid_out(name, error) from error
     converted = {"unet": unet}
     for root, (prefix, config) in text_configs(shapes).items():
         mine = {key: mark for key, mark in marks.items() if key.startswith(prefix)}

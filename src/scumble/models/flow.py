@@ -20,6 +20,7 @@ from scumble.errors import ModelError
 from scumble.models.configs import BaseFacts, Configs
 from scumble.models.family import BaseModel, Components
 from scumble.models.latent_base import LatentBase
+from scumble.models.latents import factor_of
 from scumble.models.prediction import Flow, prediction_type
 from scumble.models.text import Words
 
@@ -153,11 +154,6 @@ class FlowBase(LatentBase):
             said: Tensor = self.t5(ids.to(self.device))[0]
         return said.to(self.t5.dtype)
 
-    def _graph_of(self, *encoders: nn.Module) -> torch.set_grad_enabled:
-        """Records the graph where a parameter of these requires a gradient, and only there."""
-        trains = any(parameter.requires_grad for one in encoders for parameter in one.parameters())
-        return torch.set_grad_enabled(trains and torch.is_grad_enabled())
-
 
 class FlowFamily:
     """A family over one class of transformer, with its CLIPs and T5."""
@@ -270,11 +266,6 @@ class FlowFamily:
     def load(cls, source: Components, *, dtype: torch.dtype, device: torch.device) -> BaseModel:
         """See Family."""
         return cls.base(source, dtype=dtype, device=device)
-
-
-def factor_of(vae: Mapping[str, Any]) -> int:
-    """Pixels per latent along one side, from the VAE's config."""
-    return int(2 ** (len(vae["block_out_channels"]) - 1))
 
 
 def _width(transformer: Mapping[str, Any]) -> int:

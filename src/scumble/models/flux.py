@@ -23,8 +23,9 @@ from scumble.errors import ModelError
 from scumble.models.configs import Configs
 from scumble.models.family import BaseModel, Components, Conditioning, Frame
 from scumble.models.file_layout import FileLayout
-from scumble.models.flow import FlowBase, FlowFamily, factor_of
+from scumble.models.flow import FlowBase, FlowFamily
 from scumble.models.flux_file import FLUX_FILE
+from scumble.models.latents import factor_of
 from scumble.models.text import Truncation, Words
 from scumble.models.tiny import tiny_clip, tiny_t5, tiny_t5_tokenizer, tiny_tokenizer, tiny_vae
 

@@ -80,6 +80,11 @@ class LatentBase(BaseModel):
         if self.latents.widened and note not in self.notes:
             self.notes = (*self.notes, note)
 
+    def _graph_of(self, *encoders: nn.Module) -> torch.set_grad_enabled:
+        """Records the graph where a parameter of these requires a gradient, and only there."""
+        trains = any(parameter.requires_grad for one in encoders for parameter in one.parameters())
+        return torch.set_grad_enabled(trains and torch.is_grad_enabled())
+
     def _check_compute(self) -> None:
         # not even under autocast: its norms want fp32
         if self.dtype == torch.float16 and self.device.type == "cpu":

@@ -5,6 +5,7 @@ Legend: s the VAE's scaling factor, m its shift; latents = (z - m) s.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class LatentSpace:
         self.scale = float(config.scaling_factor)
         self.shift = float(config.get("shift_factor") or 0.0)
         self.channels = int(config.latent_channels)
-        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.factor = factor_of(config)
         """Pixels per latent along one side."""
         self.widened = False
         """True once a result in the VAE's own dtype overflowed, so that fp32 is used from then on."""
@@ -87,3 +88,8 @@ class LatentSpace:
                 "Look at those pictures, and check the VAE's file."
             )
         return result
+
+
+def factor_of(vae: Mapping[str, Any]) -> int:
+    """Pixels per latent along one side, from the VAE's config."""
+    return int(2 ** (len(vae["block_out_channels"]) - 1))

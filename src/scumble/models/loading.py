@@ -12,7 +12,7 @@ import functools
 import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -425,41 +425,68 @@ def _load_folder(
 ) -> Components:
     if words is not None:
         _no_effect(configs.name, "it has its own", tokenizer=str(words))
-    modules: dict[str, nn.Module] = {}
     tokenizers: dict[str, Any] = {}
-    deferred: dict[str, Deferred] = {}
-    notes: list[str] = []
     scheduler: Any = None
+    for part, config in configs.parts.items():
+        kind = str(config["_class_name"])
+        if part.startswith("tokenizer"):
+            tokenizers[part] = _read_tokenizer(folder / part, configs.name, kind)
+            continue
+        cls = _class(kind, configs.name)  # of every component, before the first weight is read
+        if part.startswith("scheduler"):
+            scheduler = cls.from_config(dict(config))
+    weighty = [part for part in configs.parts if not part.startswith(WEIGHTLESS)]
+    loaded = _load_parts(weighty, folder, configs, dtype, variant, configs.name)
+    return _components(configs, loaded, tokenizers, scheduler)
+
+
+@dataclass
+class _Loaded:
+    """Components with weights, as far as they are there."""
+
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    deferred: dict[str, Deferred] = field(default_factory=dict)
+    """Those that are loaded when they are first needed."""
+    notes: list[str] = field(default_factory=list)
+    mark: str = ""
+    """See `_mark`."""
+
+
+def _load_parts(
+    parts: Sequence[str], folder: Path, configs: Configs, dtype: torch.dtype, variant: str | None, base: str
+) -> _Loaded:
+    """These components of a folder in diffusers' layout, which is called `base`."""
+    loaded = _Loaded()
     later = _describe(configs).deferred
-    mark = ""
     with _quiet():
-        for part, config in configs.parts.items():
-            if part.startswith("tokenizer"):
-                tokenizers[part] = _read_tokenizer(folder / part, configs.name, str(config["_class_name"]))
-                continue
-            cls = _class(str(config["_class_name"]), configs.name)
-            if part.startswith("scheduler"):
-                scheduler = cls.from_config(dict(config))
-            elif part in later:
+        for part in parts:
+            cls = _class(str(configs.parts[part]["_class_name"]), base)
+            if part in later:
                 files, _ = weight_files(folder / part, variant)
-                load = functools.partial(_load_later, cls, folder / part, dtype, variant, configs.name)
-                deferred[part] = Deferred(load, (folder / part / "config.json", *files))
-            elif not part.startswith(WEIGHTLESS):
-                modules[part], unused = _load_part(
-                    cls, folder / part, _load_dtype(part, dtype), variant, configs.name
-                )
-                notes.extend(unused)
-                if part in ("unet", "transformer"):
-                    mark = _mark(modules[part], dtype)
+                load = functools.partial(_load_later, cls, folder / part, dtype, variant, base)
+                loaded.deferred[part] = Deferred(load, (folder / part / "config.json", *files))
+                continue
+            loaded.modules[part], unused = _load_part(
+                cls, folder / part, _load_dtype(part, dtype), variant, base
+            )
+            loaded.notes.extend(unused)
+            if part in DENOISERS:
+                loaded.mark = _mark(loaded.modules[part], dtype)
+    return loaded
+
+
+def _components(
+    configs: Configs, loaded: _Loaded, tokenizers: Mapping[str, Any], scheduler: Any
+) -> Components:
     return Components(
         configs.name,
-        modules,
+        loaded.modules,
         tokenizers,
         scheduler,
-        mark,
-        tuple(notes),
+        loaded.mark,
+        tuple(loaded.notes),
         options=configs.options,
-        deferred=deferred,
+        deferred=loaded.deferred,
     )
 
 
@@ -560,33 +587,24 @@ def _load_file(
             tokenizers[part].pad_token = padding
     scheduler_config = dict(configs.parts["scheduler"])
     scheduler = _class(scheduler_config["_class_name"], configs.name).from_config(scheduler_config)
-    modules, deferred, notes = _load_rest(configs, rest, dtype)
+    loaded = _load_rest(configs, rest, dtype)
     shapes = read_header(path).shapes
     layout = layout_of(shapes)
     if layout is None:
-        modules = {**modules, **_load_by_pipeline(path, configs, scheduler, tokenizers, modules)}
+        loaded.modules |= _load_by_pipeline(path, configs, scheduler, tokenizers, loaded.modules)
     else:
         later = _describe(configs).deferred
         marks = layout.marks(shapes, configs.name)
-        notes += unread(shapes, marks)
+        loaded.notes += unread(shapes, marks)
         loads = _prepared(layout, path, configs, marks, dtype)
         for part, load in loads.items():
             if part in later:
-                deferred[part] = Deferred(functools.partial(_loaded_later, load), (path,))
+                loaded.deferred[part] = Deferred(functools.partial(_loaded_later, load), (path,))
             else:
-                modules[part] = load()
+                loaded.modules[part] = load()
     # weights come as they are stored, and are rounded to `dtype` after the fingerprint is taken
-    mark = next(_mark(modules[part], dtype) for part in ("unet", "transformer") if part in modules)
-    return Components(
-        configs.name,
-        modules,
-        tokenizers,
-        scheduler,
-        mark,
-        tuple(notes),
-        options=configs.options,
-        deferred=deferred,
-    )
+    loaded.mark = next(_mark(loaded.modules[part], dtype) for part in DENOISERS if part in loaded.modules)
+    return _components(configs, loaded, tokenizers, scheduler)
 
 
 def _loaded_later(load: Callable[[], nn.Module]) -> tuple[nn.Module, Sequence[str]]:
@@ -594,36 +612,16 @@ def _loaded_later(load: Callable[[], nn.Module]) -> tuple[nn.Module, Sequence[st
         return load(), ()
 
 
-def _load_rest(
-    configs: Configs, rest: _Rest | None, dtype: torch.dtype
-) -> tuple[dict[str, nn.Module], dict[str, Deferred], list[str]]:
-    """(components that come from another base, those of them that are loaded later, notes)."""
-    modules: dict[str, nn.Module] = {}
-    deferred: dict[str, Deferred] = {}
-    notes: list[str] = []
+def _load_rest(configs: Configs, rest: _Rest | None, dtype: torch.dtype) -> _Loaded:
+    """The components that come from another base."""
     weighty = [part for part in configs.elsewhere if not part.startswith(WEIGHTLESS)]
     if rest is None or not weighty:
-        return modules, deferred, notes
+        return _Loaded()
     folder = rest.fetch()
     whole = read_folder(folder, rest.configs.name, rest.variant, only=weighty)
     if whole.missing:  # the repository has no .safetensors of this variant, or the cache is not complete
         raise ModelError(f"{rest.configs.name} is not complete. Missing: {'; '.join(whole.missing)}.")
-    later = _describe(configs).deferred
-    with _quiet():
-        for part in weighty:
-            cls = _class(str(configs.parts[part]["_class_name"]), rest.configs.name)
-            if part in later:
-                files, _ = weight_files(folder / part, rest.variant)
-                load = functools.partial(
-                    _load_later, cls, folder / part, dtype, rest.variant, rest.configs.name
-                )
-                deferred[part] = Deferred(load, (folder / part / "config.json", *files))
-                continue
-            modules[part], unused = _load_part(
-                cls, folder / part, _load_dtype(part, dtype), rest.variant, rest.configs.name
-            )
-            notes.extend(unused)
-    return modules, deferred, notes
+    return _load_parts(weighty, folder, configs, dtype, rest.variant, rest.configs.name)
 
 
 def _prepared(
@@ -699,6 +697,9 @@ def _load_by_pipeline(
         )
     return modules
 
+
+DENOISERS = ("unet", "transformer")
+"""What a base's denoiser is called."""
 
 CLIP_WORDS = "CLIPTokenizer"
 """The class of the tokenizers that `tokenizer` of `load_base` names the vocabulary of."""

@@ -29,7 +29,8 @@ from scumble.adapters.layers import mark_unread
 from scumble.models.configs import Configs
 from scumble.models.family import BaseModel, Components, Conditioning, Frame
 from scumble.models.file_layout import FileLayout
-from scumble.models.flow import FlowBase, FlowFamily, factor_of
+from scumble.models.flow import FlowBase, FlowFamily
+from scumble.models.latents import factor_of
 from scumble.models.sd3_file import SD3_FILE
 from scumble.models.text import Truncation
 from scumble.models.tiny import tiny_clip, tiny_t5, tiny_t5_tokenizer, tiny_tokenizer, tiny_vae

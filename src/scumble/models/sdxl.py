@@ -55,7 +55,7 @@ class SDXLBase(UNetBase):
         self._check_compute()
         hidden: list[Tensor] = []
         pooled: Tensor | None = None
-        with self._recording():
+        with self._graph_of(*self.text_encoders.values()):
             for root, encoder in self.text_encoders.items():
                 ids, _ = self.readings[root].ids(prompts)
                 read = encoder(ids.to(self.device), output_hidden_states=True)

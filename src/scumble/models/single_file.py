@@ -79,7 +79,10 @@ def read_checkpoint(path: Path, name: str) -> Configs:
     header = read_header(path)
     shapes = header.shapes
     if any(sign in key for key in shapes for sign in ADAPTER_SIGNS):
-        raise ModelError(f"{name} is not a checkpoint of a base model. {_what_file(shapes)}")
+        raise ModelError(
+            f"{name} is not a checkpoint of a base model. It is an adapter: name its base here, and the adapter where "
+            "adapters go."
+        )
     bare = {key.removeprefix(UNET): key for key in shapes}
     for sign, pipeline in SIGNS:
         if any(key.startswith(sign) for key in bare):
@@ -94,10 +97,7 @@ def read_checkpoint(path: Path, name: str) -> Configs:
     try:
         unet, vae, texts = unet_config(shapes), vae_config(shapes) if has_vae else {}, text_configs(shapes)
     except (KeyError, IndexError) as error:
-        raise ModelError(
-            f"{name} is not laid out as Stable Diffusion's checkpoints are: {error} is not where it belongs. "
-            "If diffusers can load it, save it as a folder with save_pretrained and name that folder."
-        ) from error
+        raise not_laid_out(name, error) from error
     stated, notes = _stated(header)
     lacking = {} if has_vae else {"vae": f"the VAE ({VAE}...) in the file"}
     parts: dict[str, Mapping[str, Any]] = {
@@ -143,9 +143,15 @@ def _text_class(part: str) -> str:
     return "CLIPTextModelWithProjection" if part == "text_encoder_2" else "CLIPTextModel"
 
 
+def not_laid_out(name: str, error: Exception) -> ModelError:
+    """The refusal of a file in which the tensor that `error` names is not in its place."""
+    return ModelError(
+        f"{name} is not laid out as Stable Diffusion's checkpoints are: {error} is not where it belongs. "
+        "If diffusers can load it, save it as a folder with save_pretrained and name that folder."
+    )
+
+
 def _what_file(shapes: Shapes) -> str:
-    if any(sign in key for key in shapes for sign in ADAPTER_SIGNS):
-        return "It is an adapter: name its base here, and the adapter where adapters go."
     if any(key.startswith(PARTS) for key in shapes):
         return (
             "It is one component of a base in diffusers' layout: name the folder that holds model_index.json."

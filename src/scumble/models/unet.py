@@ -18,6 +18,7 @@ from scumble.models.attention import set_attention
 from scumble.models.configs import BaseFacts, Configs
 from scumble.models.family import BaseModel, Components, Conditioning, Frame
 from scumble.models.latent_base import LatentBase
+from scumble.models.latents import factor_of
 from scumble.models.prediction import Flow, prediction_type
 from scumble.models.text import Truncation, Words
 from scumble.models.tiny import TinySizes, tiny_components
@@ -95,17 +96,11 @@ class UNetBase(LatentBase):
         self._check_compute()
         ids, mask = self.words.ids(prompts)
         masked = getattr(self.text_encoder.config, "use_attention_mask", None)
-        with self._recording():
+        with self._graph_of(self.text_encoder):
             hidden: Tensor = self.text_encoder(
                 ids.to(self.device), attention_mask=mask.to(self.device) if masked else None
             )[0]
         return Conditioning(hidden.to(self.text_encoder.dtype))
-
-    def _recording(self) -> torch.set_grad_enabled:
-        """Records the graph where a parameter of a text encoder requires a gradient, and only there."""
-        encoders = self.text_encoders.values()
-        trains = any(parameter.requires_grad for one in encoders for parameter in one.parameters())
-        return torch.set_grad_enabled(trains and torch.is_grad_enabled())
 
     def token_counts(self, prompts: Sequence[str]) -> tuple[list[int], int]:
         """See BaseModel: of several text encoders, the most tokens and the lowest limit."""
@@ -167,7 +162,7 @@ class UNetBase(LatentBase):
 
 def sizes(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
     """(default side in pixels, what sides must be multiples of), from the configs of UNet and VAE."""
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    factor = factor_of(vae)
     sample = unet.get("sample_size") or 64
     side = max(sample) if isinstance(sample, (list, tuple)) else int(sample)
     # 8: StableDiffusionPipeline asks for it whatever the VAE's factor
@@ -237,7 +232,7 @@ class UNetFamily:
             cross_attention_dim=_width(unet),
             resolution=side,
             size_multiple=multiple,
-            latent_factor=2 ** (len(vae["block_out_channels"]) - 1) if known else None,
+            latent_factor=factor_of(vae) if known else None,
             latent_channels=unet.get("out_channels", 4),
             parameters=configs.parameters,
             weights_dtype=configs.weights_dtype,

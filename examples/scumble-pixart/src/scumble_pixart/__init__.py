@@ -17,7 +17,7 @@ from scumble.adapters.layers import base_state
 from scumble.errors import ModelError
 from scumble.models.configs import BaseFacts, Configs
 from scumble.models.family import BaseModel, Components, Conditioning, Frame, fingerprint
-from scumble.models.latents import LatentSpace
+from scumble.models.latents import LatentSpace, factor_of
 from scumble.models.prediction import prediction_from, prediction_type
 from scumble.models.text import Words
 from scumble.models.tiny import tiny_t5, tiny_t5_tokenizer, tiny_vae
@@ -119,7 +119,7 @@ class PixArtBase(BaseModel):
 
 def sizes(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
     """(default side in pixels, what sides must be multiples of), from the configs of transformer and VAE."""
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    factor = factor_of(vae)
     # 8: PixArtSigmaPipeline asks for it whatever the VAE's factor
     return int(transformer.get("sample_size", 128)) * factor, math.lcm(
         8, int(transformer.get("patch_size", 2)) * factor
@@ -174,7 +174,7 @@ class PixArtSigma:
             cross_attention_dim=reads,
             resolution=side,
             size_multiple=multiple,
-            latent_factor=2 ** (len(vae["block_out_channels"]) - 1) if known else None,
+            latent_factor=factor_of(vae) if known else None,
             latent_channels=transformer.get("in_channels", 4),
             parameters=configs.parameters,
             weights_dtype=configs.weights_dtype,

@@ -221,7 +221,7 @@ PEERS = (
     Peer(
         "lycoris-lora",
         ("kohya", "lycoris"),
-        ("lora", "dora", "loha", "lokr", "full", "ia3", "oft", "boft"),
+        ("lora", "dora", "loha", "lokr", "glora", "full", "ia3", "oft", "boft"),
         lycoris_writes,
         lycoris_loads,
     ),

@@ -8,7 +8,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from scumble.adapters import Layer, LayerState, Lora, LoraSettings, operate
+from scumble.adapters import Layer, LayerState, Lora, LoraSettings
+from scumble.adapters.operate import operate
 from scumble.errors import AdapterError
 
 

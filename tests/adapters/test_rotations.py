@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from scumble.adapters import LayerState
 from scumble.adapters.boft import Boft, BoftSettings
-from scumble.adapters.oft import Oft, OftSettings, block_size, cayley, triangle_size
+from scumble.adapters.names import triangle_size
+from scumble.adapters.oft import Oft, OftSettings, block_size, cayley
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

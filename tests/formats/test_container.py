@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from scumble.errors import FormatError
-from scumble.formats import container
+from scumble.formats import container, read
 from scumble.formats.container import TensorFile, find, load, read_header, save, to_bytes
 
 
@@ -144,6 +146,47 @@ def test_a_huge_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
         load(path)
     assert time.perf_counter() - begin < 5
     assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def one_byte(number: int) -> dict[str, Any]:
+    return entry("I8", [1], (number, number + 1))
+
+
+LONG: dict[str, tuple[Callable[[], dict[str, Any]], int, str]] = {
+    "tensors": (lambda: {f"{n}": one_byte(n) for n in range(100_000)}, 100_000, "no adapter has more than"),
+    "layers": (
+        lambda: {f"unet.{n}.{'x' * 200}.lora_A.weight": one_byte(n) for n in range(20_000)},
+        20_000,
+        "only one of the two factors",
+    ),
+    "words": (
+        lambda: {"__metadata__": {f"{n}": "" for n in range(500_000)}, "a.b": entry()},
+        8,
+        "no adapter that is known",
+    ),
+    "one word": (
+        lambda: {"__metadata__": {"ss": "[" * 8_000_000}, "a.b": entry()},
+        8,
+        "no adapter that is known",
+    ),
+}
+"""Sound headers as long as they may be: what they hold, bytes of numbers, the error."""
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_the_longest_headers_are_one_error_within_a_second(case: str, tmp_path: Path) -> None:
+    make, numbers, said = LONG[case]
+    (tmp_path / "a.safetensors").write_bytes(packed(make(), bytes(numbers)))
+    assert (tmp_path / "a.safetensors").stat().st_size > 5 * 2**20
+    begin = time.process_time()
+    with pytest.raises(FormatError, match=said) as caught:
+        read(tmp_path / "a.safetensors")
+    assert time.process_time() - begin < 1 and len(str(caught.value)) < 500
+    tracemalloc.start()
+    with contextlib.suppress(FormatError):
+        read_header(tmp_path / "a.safetensors")
+    assert tracemalloc.get_traced_memory()[1] < 160 * 2**20
     tracemalloc.stop()
 
 

@@ -128,7 +128,7 @@ def test_metadata_without_a_prefix_belongs_to_tensors_without_one() -> None:
     "key",
     [
         "boft_R",
-        "a1.weight",
+        "bm.weight",
         "lokr_t1",
     ],
 )

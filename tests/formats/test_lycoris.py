@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "boft": ("ButterflyOFTModule", {"lora_dim": 10}, "boft"),
     "boft limited": ("ButterflyOFTModule", {"lora_dim": 10, "constraint": 0.01}, "boft"),
     "boft rescaled": ("ButterflyOFTModule", {"lora_dim": 10, "rescaled": True}, "boft"),
+    "glora": ("GLoRAModule", {"lora_dim": 3, "alpha": 2}, "glora"),
     "ia3": ("IA3Module", {}, "ia3"),
     "ia3 on inputs": ("IA3Module", {"train_on_input": True}, "ia3"),
 }
@@ -168,12 +170,23 @@ def test_a_limit_of_zero_is_no_turn_in_kohyas_own_oft() -> None:
             Lycoris().decode(file, layers)
 
 
+@pytest.mark.parametrize("word", [True, "True", "true"])
+def test_a_scale_that_a_file_does_not_tell_is_refused(word: object) -> None:
+    """LyCORIS saves the alpha of a rank-stabilized GLoRA as if it were none, and reads it back so."""
+    tensors, _ = written_by_lycoris("glora")
+    said = TensorFile(tensors, {"ss_network_args": json.dumps({"algo": "glora", "rs_lora": word})})
+    with pytest.raises(FormatError, match="unsupported: a rank-stabilized GLoRA"):
+        Lycoris().decode(said, None)
+    plain = TensorFile(tensors, {"ss_network_args": json.dumps({"algo": "glora", "rs_lora": False})})
+    assert Lycoris().decode(plain, None).used
+
+
 @pytest.mark.parametrize(
     ("ending", "said"),
     [
         ("oft_diag", "the first OFT and BOFT of LyCORIS"),
         ("boft_R", "peft's BOFT"),
-        ("a1.weight", "GLoRA"),
+        ("bm.weight", "GLoRA with a kernel apart"),
         ("lokr_t1", "LoKr with two cores"),
     ],
 )

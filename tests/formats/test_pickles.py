@@ -14,8 +14,8 @@ import torch
 
 from scumble.errors import FormatError
 from scumble.formats import detect, read
-from scumble.formats.container import load
-from scumble.formats.pickles import is_pickle, load_pickle
+from scumble.formats.container import is_pickle, load
+from scumble.formats.pickles import load_pickle
 from tests.formats.adapters_of import BLOCK, SHAPES, layer
 
 Q = f"{BLOCK}.attn1.to_q"

@@ -23,8 +23,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scumble.adapters import FAMILIES, Adapted, Adapter, Delta, Layer, Metadata, layers_of, merge, operate
+from scumble.adapters import FAMILIES, Adapted, Adapter, Delta, Layer, Metadata, layers_of, merge
 from scumble.adapters.delta import DeltaSettings
+from scumble.adapters.operate import operate
 from scumble.errors import AdapterError
 
 LAYERS: dict[str, tuple[Layer, tuple[int, ...]]] = {

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from scumble.adapters.blank import blank_dict, set_up
 from scumble.adapters.delta import Delta
 from scumble.adapters.dial import Dial, check_samples
 from scumble.adapters.operate import Layer
@@ -63,9 +64,9 @@ class Adapted(nn.Module):
 
     def __init__(self, base: Layer) -> None:
         """Wraps `base` with no delta yet; takes over its train or eval mode."""
-        super().__init__()
+        set_up(self)
         # past torch's own __setattr__, which takes a good part of a load's time
-        self._modules.update(base=base, deltas=nn.ModuleDict())
+        self._modules.update(base=base, deltas=blank_dict())
         self.__dict__.update(dials={}, _read=None, _acting=(), _stack=None, training=base.training)
 
     def add(self, name: str, delta: Delta, strength: float | Tensor | Dial = 1.0) -> None:

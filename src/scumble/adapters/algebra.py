@@ -28,7 +28,7 @@ from scumble.adapters.adapter import Adapter, naming
 from scumble.adapters.biased import delta_of
 from scumble.adapters.delta import Delta
 from scumble.adapters.layers import layers_of
-from scumble.adapters.operate import Layer
+from scumble.adapters.operate import Held, Layer
 from scumble.adapters.state import LayerPath, LayerState
 from scumble.errors import AdapterError
 
@@ -118,8 +118,8 @@ def merge(adapters: Adapter | Sequence[Adapter], roots: Mapping[str, nn.Module])
         roots: name -> module.
 
     Raises:
-        AdapterError: a strength is per sample, an adapter brings words, a layer is not there, or a merged weight
-            would not be finite. Nothing is changed then.
+        AdapterError: a strength is per sample, an adapter brings words, a layer is not there or is held in few bits,
+            or a merged weight would not be finite. Nothing is changed then.
     """
     adapters = (adapters,) if isinstance(adapters, Adapter) else tuple(adapters)
     layers = layers_of(roots, norms=True)
@@ -142,6 +142,12 @@ def merge(adapters: Adapter | Sequence[Adapter], roots: Mapping[str, nn.Module])
                 raise AdapterError(
                     f"Adapter {adapter.name!r} changes {path!r}, which is not in this model "
                     f"(its parts: {', '.join(roots)})."
+                )
+            if isinstance(layer := layers[path], Held):
+                raise AdapterError(
+                    f"Adapter {adapter.name!r} changes {path!r}, whose weight is held in {layer.held_in}: what a merge "
+                    "adds would be rounded away with it. Leave the adapter attached, where it acts exactly, or load "
+                    'the base as it is (quantization = "none") and merge there.'
                 )
             if strength != 0.0:
                 # A copy: the adapter may train on, the merge stays what it was.

@@ -18,14 +18,10 @@ from torch import Tensor, nn
 
 from scumble.adapters.delta import Delta
 from scumble.adapters.families import FAMILIES
-from scumble.adapters.operate import Layer
+from scumble.adapters.names import BIAS, SIDES, UP_BIAS, apart
+from scumble.adapters.operate import Layer, device_of, shape_of
 from scumble.adapters.state import LayerState
 from scumble.errors import AdapterError
-
-BIAS, UP_BIAS = "bias", "up_bias"
-"""Names of the two tensors, (out,), beside a family's own; `up_bias` beside LoRA's alone."""
-
-SIDES = frozenset({BIAS, UP_BIAS})
 
 
 def delta_of(base: Layer, state: LayerState, *, copy: bool = True) -> Delta:
@@ -39,7 +35,7 @@ def delta_of(base: Layer, state: LayerState, *, copy: bool = True) -> Delta:
     if not SIDES & state.tensors.keys():
         return FAMILIES.get(state.family).from_state(base, state, copy=copy)
     inner, sides = apart(state)
-    out = base.weight.shape[0]
+    out = shape_of(base)[0]
     for name, tensor in sides.items():
         if tuple(tensor.shape) != (out,):
             raise AdapterError(
@@ -47,14 +43,7 @@ def delta_of(base: Layer, state: LayerState, *, copy: bool = True) -> Delta:
                 "another base model."
             )
     delta = FAMILIES.get(state.family).from_state(base, inner, copy=copy)
-    return Biased(delta, {name: t.to(base.weight.device, copy=True) for name, t in sides.items()})
-
-
-def apart(state: LayerState) -> tuple[LayerState, dict[str, Tensor]]:
-    """The change to the weight, and the tensors that change the bias."""
-    sides = {name: tensor for name, tensor in state.tensors.items() if name in SIDES}
-    rest = {name: tensor for name, tensor in state.tensors.items() if name not in SIDES}
-    return replace(state, tensors=rest), sides
+    return Biased(delta, {name: t.to(device_of(base), copy=True) for name, t in sides.items()})
 
 
 def changes_bias(state: LayerState) -> bool:
@@ -79,7 +68,7 @@ class Biased(Delta):
     @classmethod
     def shapes(cls, base: Layer, rank: int) -> dict[str, tuple[int, ...]]:
         """A change to the bias alone: one number for every output."""
-        return {BIAS: (base.weight.shape[0],)}
+        return {BIAS: (shape_of(base)[0],)}
 
     def reset(self, generator: torch.Generator) -> None:
         """The inner one's first values, and zero."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scumble.adapters.delta import DeltaSettings
 from scumble.adapters.oft import Rotation, RotationSettings, cayley, rescale_shape
-from scumble.adapters.operate import Layer
+from scumble.adapters.operate import Layer, shape_of
 from scumble.adapters.state import LayerState
 
 
@@ -41,7 +41,7 @@ class Boft(Rotation):
     @classmethod
     def shapes(cls, base: Layer, rank: int) -> dict[str, tuple[int, ...]]:
         """As many stages as let every output reach every other."""
-        out = base.weight.shape[0]
+        out = shape_of(base)[0]
         size = _block_size(out, rank)
         number = out // size
         return {"blocks": (number.bit_length(), number, size, size)}
@@ -49,7 +49,7 @@ class Boft(Rotation):
     @classmethod
     def expected_shapes(cls, base: Layer, state: LayerState) -> dict[str, tuple[int, ...]]:
         """The number of stages that the state has, and blocks that fill the layer's outputs."""
-        out, size = base.weight.shape[0], max(1, state.rank)
+        out, size = shape_of(base)[0], max(1, state.rank)
         blocks = state.tensors.get("blocks")
         stages = blocks.shape[0] if blocks is not None and blocks.dim() == 4 else 1
         # the shuffle of the last stage needs 2^stages half blocks in every piece of the outputs

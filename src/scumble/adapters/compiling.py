@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from scumble.adapters.adapted import Adapted
 from scumble.adapters.delta import Delta
 from scumble.adapters.dial import Dial
+from scumble.adapters.operate import device_of
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def adaptable(modules: Iterable[nn.Module]) -> Iterator[None]:
     try:
         for part in seen:
             if isinstance(part, Adapted):
-                device = part.base.weight.device
+                device = device_of(part.base)
                 for dial in part.dials.values():
                     dial.follow(device)
                     dials.append(dial)

@@ -13,7 +13,8 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from scumble.adapters.operate import Layer, compute_dtype, operate
+from scumble.adapters.blank import set_up
+from scumble.adapters.operate import Layer, compute_dtype, device_of, operate
 from scumble.adapters.state import LayerState, scale_of
 from scumble.errors import AdapterError
 from scumble.settings import Settings
@@ -70,7 +71,7 @@ class Delta(nn.Module, ABC):
         self, tensors: Mapping[str, Tensor], *, rank: int, alpha: float, rank_stabilized: bool = False
     ) -> None:
         """`tensors` become the parameters, copied to fp32 (or kept when they are already fp32 or fp64)."""
-        super().__init__()
+        set_up(self)
         alpha = float(alpha)
         scale = scale_of(rank, alpha, rank_stabilized)
         # past torch's own __setattr__ and its questions, hundreds of which take a good part of a load's time
@@ -172,7 +173,7 @@ class Delta(nn.Module, ABC):
         delta = cls(tensors, rank=rank, alpha=alpha, **cls.options(settings))
         with torch.no_grad():
             delta.start(base, generator)
-        return delta.to(base.weight.device)
+        return delta.to(device_of(base))
 
     @classmethod
     def from_state(cls, base: Layer, state: LayerState, *, copy: bool = True) -> Self:
@@ -183,7 +184,7 @@ class Delta(nn.Module, ABC):
             AdapterError: the tensors are not those of this family, or don't fit the layer.
         """
         cls.check_fits(base, state)
-        device = base.weight.device
+        device = device_of(base)
         tensors = {
             name: tensor.to(device, wide(tensor.dtype), copy=copy) for name, tensor in state.tensors.items()
         }

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from scumble.adapters.delta import DeltaSettings
 from scumble.adapters.lora import Lora, LoraSettings
-from scumble.adapters.magnitude import INPUTS, OUTPUTS, Magnitude
+from scumble.adapters.magnitude import Magnitude
+from scumble.adapters.names import INPUTS, OUTPUTS
 from scumble.adapters.operate import Layer
 from scumble.adapters.state import LayerState
 

@@ -16,6 +16,7 @@ FAMILIES: Registry[type[Delta]] = Registry(
         "dora": "scumble.adapters.dora:Dora",
         "loha": "scumble.adapters.loha:Loha",
         "lokr": "scumble.adapters.lokr:Lokr",
+        "glora": "scumble.adapters.glora:Glora",
         "full": "scumble.adapters.full:Full",
         "ia3": "scumble.adapters.ia3:Ia3",
         "oft": "scumble.adapters.oft:Oft",

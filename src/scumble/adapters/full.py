@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from scumble.adapters.delta import Delta, DeltaSettings
-from scumble.adapters.operate import Layer
+from scumble.adapters.operate import Layer, shape_of
 from scumble.adapters.state import LayerState
 
 
@@ -39,7 +39,7 @@ class Full(Delta):
     @classmethod
     def shapes(cls, base: Layer, rank: int) -> dict[str, tuple[int, ...]]:
         """The weight's own."""
-        return {"diff": tuple(base.weight.shape)}
+        return {"diff": tuple(shape_of(base))}
 
     @classmethod
     def expected_shapes(cls, base: Layer, state: LayerState) -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from scumble.adapters.delta import Delta, DeltaSettings
-from scumble.adapters.operate import Layer
+from scumble.adapters.operate import Layer, shape_of
 from scumble.adapters.state import LayerState
 
 _FORMS = ("factors", "input_factors", "multipliers", "input_multipliers")
@@ -44,22 +44,22 @@ class Ia3(Delta):
     @classmethod
     def shapes(cls, base: Layer, rank: int) -> dict[str, tuple[int, ...]]:
         """One number for every output."""
-        return {"factors": (base.weight.shape[0],)}
+        return {"factors": (shape_of(base)[0],)}
 
     @classmethod
     def fresh_shapes(cls, base: Layer, rank: int, settings: DeltaSettings) -> dict[str, tuple[int, ...]]:
         """One number for every output or input."""
         inputs = cast(Ia3Settings, settings).inputs
-        return {"input_factors": (base.weight.shape[1],)} if inputs else cls.shapes(base, rank)
+        return {"input_factors": (shape_of(base)[1],)} if inputs else cls.shapes(base, rank)
 
     @classmethod
     def expected_shapes(cls, base: Layer, state: LayerState) -> dict[str, tuple[int, ...]]:
         """The form that the state's tensor has."""
         name = next((name for name in _FORMS if name in state.tensors), "factors")
-        number = base.weight.shape[1 if name.startswith("input_") else 0]
+        number = shape_of(base)[1 if name.startswith("input_") else 0]
         if not name.endswith("multipliers"):
             return {name: (number,)}
-        trailing = (1,) * (base.weight.dim() - 2)
+        trailing = (1,) * (len(shape_of(base)) - 2)
         side = (1, number) if trailing or name.startswith("input_") else (number, 1)
         return {name: (*side, *trailing)}
 
@@ -93,6 +93,6 @@ class Ia3(Delta):
         name, mine = self._factors()
         if name.startswith("input_"):
             return super().output_delta(x, y, base)
-        factors = (self.scale * mine).to(y.dtype).view(-1, *(1 for _ in base.weight.shape[2:]))
+        factors = (self.scale * mine).to(y.dtype).view(-1, *(1 for _ in shape_of(base)[2:]))
         apart = base.bias if name == "factors" else None
         return factors * (y if apart is None else y - apart.to(y.dtype).view_as(factors))

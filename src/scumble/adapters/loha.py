@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from scumble.adapters.delta import DeltaSettings
-from scumble.adapters.magnitude import INPUTS, OUTPUTS, Magnitude
-from scumble.adapters.operate import Layer
+from scumble.adapters.magnitude import Magnitude
+from scumble.adapters.names import INPUTS, OUTPUTS
+from scumble.adapters.operate import Layer, shape_of
 from scumble.adapters.state import LayerState
 
 
@@ -51,13 +52,13 @@ class Loha(Magnitude):
     def fresh_shapes(cls, base: Layer, rank: int, settings: DeltaSettings) -> dict[str, tuple[int, ...]]:
         """The form that the settings ask for; 1x1 kernels have nothing to split off."""
         mine = cast(LohaSettings, settings)
-        shapes = _shapes(base, rank, tucker=mine.tucker and base.weight.shape[2:].numel() > 1)
+        shapes = _shapes(base, rank, tucker=mine.tucker and shape_of(base)[2:].numel() > 1)
         return shapes | (cls.magnitude_shapes(base, (OUTPUTS,)) if mine.magnitude else {})
 
     @classmethod
     def expected_shapes(cls, base: Layer, state: LayerState) -> dict[str, tuple[int, ...]]:
         """The form that the state's tensors have."""
-        tucker = base.weight.dim() == 4 and not {"t1", "t2"}.isdisjoint(state.tensors)
+        tucker = len(shape_of(base)) == 4 and not {"t1", "t2"}.isdisjoint(state.tensors)
         return _shapes(base, state.rank, tucker) | cls.magnitude_shapes(base, _one_magnitude(state))
 
     def reset(self, generator: torch.Generator) -> None:
@@ -84,9 +85,9 @@ def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _shapes(base: Layer, rank: int, tucker: bool) -> dict[str, tuple[int, ...]]:
-    out, inner, *kernel = base.weight.shape
+    out, inner, *kernel = shape_of(base)
     if not tucker:
-        a, b = (out, rank), (rank, base.weight[0].numel())
+        a, b = (out, rank), (rank, shape_of(base)[1:].numel())
         return {"w1_a": a, "w1_b": b, "w2_a": a, "w2_b": b}
     a, b, t = (rank, out), (rank, inner), (rank, rank, *kernel)
     return {"w1_a": a, "w1_b": b, "w2_a": a, "w2_b": b, "t1": t, "t2": t}

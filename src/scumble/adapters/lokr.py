@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from scumble.adapters.delta import DeltaSettings
 from scumble.adapters.loha import tucker
-from scumble.adapters.magnitude import INPUTS, OUTPUTS, Magnitude
-from scumble.adapters.operate import Layer, compute_dtype, operate
+from scumble.adapters.magnitude import Magnitude
+from scumble.adapters.names import INPUTS, OUTPUTS
+from scumble.adapters.operate import Layer, compute_dtype, operate, shape_of
 from scumble.adapters.state import LayerState
 
 
@@ -73,7 +74,7 @@ class Lokr(Magnitude):
     def fresh_shapes(cls, base: Layer, rank: int, settings: DeltaSettings) -> dict[str, tuple[int, ...]]:
         """The form that the settings ask for; a matrix is made of two where that is smaller."""
         mine = cast(LokrSettings, settings)
-        out, inner, *kernel = base.weight.shape
+        out, inner, *kernel = shape_of(base)
         (a, b), (c, d) = factorize(out, mine.factor), factorize(inner, mine.factor)
         names: tuple[str, ...] = ("w1",)
         if mine.decompose_both and not mine.full and rank < max(a, c) / 2:
@@ -161,7 +162,7 @@ def _shapes(
     base: Layer, rank: int, names: tuple[str, ...], small: tuple[int, int]
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of those tensors that are in `names`, for a small matrix of (a, c)."""
-    out, inner, *kernel = base.weight.shape
+    out, inner, *kernel = shape_of(base)
     a, c = max(1, small[0]), max(1, small[1])
     b, d = out // a, inner // c
     split = "t2" in names

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from scumble.adapters.delta import Delta, DeltaSettings
-from scumble.adapters.operate import Layer, compute_dtype, operate
+from scumble.adapters.operate import Layer, compute_dtype, operate, shape_of
 from scumble.adapters.state import LayerState
 
 
@@ -70,7 +70,7 @@ class Lora(Delta):
     @classmethod
     def shapes(cls, base: Layer, rank: int) -> dict[str, tuple[int, ...]]:
         """`down` has the base's kernel, `up` is a plain product."""
-        out, *inner = base.weight.shape
+        out, *inner = shape_of(base)
         return {"down": (rank, *inner), "up": (out, rank, *(1,) * (len(inner) - 1))}
 
     def reset(self, generator: torch.Generator) -> None:

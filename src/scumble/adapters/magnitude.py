@@ -17,10 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from scumble.adapters.delta import Delta
-from scumble.adapters.operate import Layer
-
-OUTPUTS, INPUTS = "magnitude", "input_magnitude"
-"""Names of the two magnitudes: (out,), and (in / groups,)."""
+from scumble.adapters.names import INPUTS, OUTPUTS
+from scumble.adapters.operate import Layer, shape_of
 
 
 class Magnitude(Delta):
@@ -45,7 +43,7 @@ class Magnitude(Delta):
     @staticmethod
     def magnitude_shapes(base: Layer, names: Container[str]) -> dict[str, tuple[int, ...]]:
         """The shapes of those magnitudes that are in `names`, for this layer."""
-        sides = {OUTPUTS: (base.weight.shape[0],), INPUTS: (base.weight.shape[1],)}
+        sides = {OUTPUTS: (shape_of(base)[0],), INPUTS: (shape_of(base)[1],)}
         return {name: shape for name, shape in sides.items() if name in names}
 
     def start(self, base: Layer, generator: torch.Generator) -> None:
@@ -80,7 +78,7 @@ class Magnitude(Delta):
             return Delta.output_delta(self, x, y, base)
         if axis is None:
             return change
-        ratio = self._ratio(base.weight).view(-1, *(1 for _ in base.weight.shape[2:]))
+        ratio = self._ratio(base.weight).view(-1, *(1 for _ in shape_of(base)[2:]))
         plain = y if base.bias is None else y - base.bias.to(y.dtype).view_as(ratio)
         return (ratio - 1).to(y.dtype) * plain + ratio.to(change.dtype) * change
 

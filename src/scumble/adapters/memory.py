@@ -6,8 +6,10 @@ What hundreds of small tensors are asked one by one takes most of a load's time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def runs(tensors: Sequence[Tensor], whole: int = 1) -> list[tuple[Tensor, list[int]]]:

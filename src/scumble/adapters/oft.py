@@ -27,14 +27,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from scumble.adapters.delta import Delta, DeltaSettings
-from scumble.adapters.operate import Layer
+from scumble.adapters.names import INPUT_FORMS
+from scumble.adapters.operate import Layer, shape_of
 from scumble.adapters.state import LayerState
-
-INPUT_FORMS = ("triangles", "series", "weight_series")
-"""The tensor that turns inputs."""
-
-TERMS = 5
-"""Of the series that `series` means: I + 2 Q + 2 Q^2 + 2 Q^3 + Q^4, as peft and OneTrainer sum it."""
 
 _HAIR = 1e-8
 """What the tool of this format adds to a norm before it divides by it."""
@@ -111,7 +106,7 @@ class Oft(Rotation):
     @classmethod
     def shapes(cls, base: Layer, rank: int) -> dict[str, tuple[int, ...]]:
         """One block for every b outputs."""
-        out = base.weight.shape[0]
+        out = shape_of(base)[0]
         size = block_size(out, rank)
         return {"blocks": (out // size, size, size)}
 
@@ -121,12 +116,12 @@ class Oft(Rotation):
         tensors, size = state.tensors, max(1, state.rank)
         form = next((name for name in INPUT_FORMS if name in tensors), None)
         if form is not None:
-            width = base.weight[0].numel()
+            width = shape_of(base)[1:].numel()
             number = 1 if tensors[form].shape[:1] == (1,) else width // size
             # a size that does not divide the width fits nothing
             number = number if width % size == 0 else 0
             return {form: (number, size * (size - 1) // 2)}
-        out = base.weight.shape[0]
+        out = shape_of(base)[0]
         rescale = rescale_shape(base) if "rescale" in tensors else {}
         return {"blocks": (out // size if out % size == 0 else 0, size, size), **rescale}
 
@@ -164,13 +159,7 @@ def block_size(width: int, rank: int) -> int:
 
 def rescale_shape(base: Layer) -> dict[str, tuple[int, ...]]:
     """A factor for every output, with as many dimensions as the weight."""
-    return {"rescale": (base.weight.shape[0], *(1 for _ in base.weight.shape[1:]))}
-
-
-def triangle_size(numbers: int) -> int:
-    """b of b (b - 1) / 2 numbers above a diagonal; 0 when there is none."""
-    size = (1 + math.isqrt(1 + 8 * numbers)) // 2
-    return size if size * (size - 1) // 2 == numbers else 0
+    return {"rescale": (shape_of(base)[0], *(1 for _ in shape_of(base)[1:]))}
 
 
 def _input_turn(form: str, numbers: Tensor, size: int) -> Tensor:

@@ -19,6 +19,28 @@ Layer: TypeAlias = nn.Linear | nn.Conv2d
 Norm: TypeAlias = nn.LayerNorm | nn.GroupNorm
 """What files may hold changes of besides layers: normalisations with a weight. Nothing is trained there."""
 
+
+class Held(nn.Module):
+    """A frozen linear or convolution layer that has no weight but makes it when it is read: one in few bits, say. It is
+    an `nn.Linear` or `nn.Conv2d` as well."""
+
+    held_in: str
+    """What its weight is held in, by name."""
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """The weight's shape, without making it."""
+        raise NotImplementedError
+
+    @property
+    def weight_device(self) -> torch.device:
+        """The weight's device, without making it."""
+        raise NotImplementedError
+
+
+_DEVICE = "_scumble_device"
+"""The attribute of layers that `computes_on` was told of."""
+
 _LAYERS = (nn.Linear, nn.Conv2d)
 _NORMS = (nn.LayerNorm, nn.GroupNorm)
 
@@ -35,6 +57,24 @@ def is_layer(module: object) -> bool:
 def is_norm(module: object) -> bool:
     """Whether this is a normalisation with one weight a channel, which files may hold a change of."""
     return isinstance(module, _NORMS) and module.weight is not None and module.weight.dim() == 1
+
+
+def shape_of(layer: Layer | Norm) -> torch.Size:
+    """The shape of the layer's weight, which is not made for that where it is `Held`."""
+    return layer.weight_shape if isinstance(layer, Held) else layer.weight.shape
+
+
+def device_of(layer: Layer | Norm) -> torch.device:
+    """Where the layer computes: the device that `computes_on` was told, else that of its weight, which is not made for
+    that where it is `Held`."""
+    if _DEVICE in layer.__dict__:
+        return layer.__dict__[_DEVICE]  # type: ignore[no-any-return]
+    return layer.weight_device if isinstance(layer, Held) else layer.weight.device
+
+
+def computes_on(layer: nn.Module, device: torch.device) -> None:
+    """Say that `layer` computes on `device`, though its weights may be elsewhere meanwhile."""
+    layer.__dict__[_DEVICE] = device
 
 
 def operate(layer: Layer | Norm, x: Tensor, weight: Tensor) -> Tensor:

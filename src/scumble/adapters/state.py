@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from scumble.adapters.memory import runs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LayerPath: TypeAlias = str
 
@@ -123,14 +123,13 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _finite(tensor: Tensor) -> bool:
-    extremes = torch.aminmax(_comparable(tensor))  # NaN comes through both
+    extremes = _comparable(tensor).aminmax()  # NaN comes through both
     return all(map(math.isfinite, map(float, extremes)))
 
 
 def _same_tensors(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
     return mine.keys() == theirs.keys() and all(
-        t.dtype == theirs[n].dtype and torch.equal(_comparable(t), _comparable(theirs[n]))
-        for n, t in mine.items()
+        t.dtype == theirs[n].dtype and _comparable(t).equal(_comparable(theirs[n])) for n, t in mine.items()
     )
 
 

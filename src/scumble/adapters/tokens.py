@@ -169,7 +169,7 @@ class TokenRows:
                     f"The rows of token {placeholder!r} have shape {tuple(rows.shape)}; {root} of this model "
                     f"takes (n, {width}). It was learned on another base."
                 )
-            if not bool(torch.isfinite(rows).all()):
+            if not rows.is_meta and not bool(torch.isfinite(rows).all()):
                 raise NotFinite(
                     f"Token {placeholder!r} holds NaN or infinity. The model was not changed. Take an "
                     "earlier checkpoint, or train again with a lower learning rate."

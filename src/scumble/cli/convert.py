@@ -47,7 +47,7 @@ def convert(
     ending = ".safetensors" if getattr(codec, "file_name", None) is None else ""  # some dialects are folders
     target = out or source.with_name(f"{source.stem}-{to}{ending}")
     refuse_existing(target, overwrite, [source])
-    found = read(source, layers)
+    found = read(source, layers, stored=True)
     written = write(found.state, target, to, number)
     said.print(f"{found.dialect} -> {to}: {found.report}", markup=False)
     if signed(found.files):

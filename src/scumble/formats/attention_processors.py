@@ -17,7 +17,7 @@ import re
 from collections.abc import Collection, Mapping
 from functools import lru_cache
 
-from scumble.adapters.biased import SIDES
+from scumble.adapters.names import SIDES
 from scumble.adapters.state import AdapterState, LayerPath
 from scumble.errors import FormatError
 from scumble.formats.codec import cannot_represent
@@ -44,7 +44,7 @@ _CLIP = re.compile(r"(?P<parent>text_encoder.*\.self_attn)\.(?P<which>q|k|v|out)
 _ROOTED = ("unet.", "text_encoder.", "text_encoder_2.")
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=2**15)
 def is_processor(name: str) -> bool:
     """Whether a tensor is called as in this dialect."""
     return _TENSOR.fullmatch(name) is not None and not name.startswith(

@@ -16,13 +16,15 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from scumble.adapters.state import TokenState
 from scumble.errors import FormatError
 from scumble.formats.container import TensorFile
 from scumble.formats.pairs import Decoded, count
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BESIDE = "tokens_beside_lora."
 _OURS = re.compile(r"tokens_beside_lora\.(?P<root>[a-z0-9_]+)\.(?P<token>.+)", re.DOTALL)

@@ -13,10 +13,10 @@ circulation; shapes tell which it is. The scale is 1.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from scumble.adapters.state import AdapterState, LayerPath, LayerState, TokenState
 from scumble.errors import FormatError, WrongBase
@@ -28,6 +28,9 @@ from scumble.formats.keymap import split_root
 from scumble.formats.metadata import from_header
 from scumble.formats.pairs import Decoded, count, fit
 from scumble.formats.tables.modules import CLIP_DEPTHS, CLIP_TEXT, SD_UNET
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _NUMBERED = re.compile(r"(?P<root>unet|text_encoder):(?P<number>\d{1,5}):(?P<part>up|down)")
 _LISTED = re.compile(r"\[(?P<number>\d{1,5})\]")
@@ -168,7 +171,7 @@ def _layer(file: TensorFile, up: str, down: str) -> LayerState:
     if (
         any(tensor.ndim not in (2, 4) or not tensor.is_floating_point() for tensor in tensors.values())
         or tensors["up"].shape[1] != tensors["down"].shape[0]
-        or tensors["up"].shape[2:].numel() != 1
+        or math.prod(tensors["up"].shape[2:]) != 1
     ):
         raise FormatError(f"{file.label}: {up!r} and {down!r} have shapes {shapes}, which are no factors.")
     rank = tensors["down"].shape[0]

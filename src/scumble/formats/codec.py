@@ -12,15 +12,13 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from scumble.adapters.state import AdapterState, LayerPath, not_finite
 from scumble.errors import CannotRepresent, FormatError, NotFinite, UnknownFormat, UnusedTensors, WrongBase
 from scumble.formats.container import (
     PICKLES,
+    TENSOR_LIMIT,
     WEIGHTS_NAME,
     TensorFile,
     files_of,
@@ -35,8 +33,13 @@ from scumble.formats.keymap import ROOTS, split_root
 from scumble.formats.kinds import weight_shape
 from scumble.formats.pairs import NO_LAYER, Decoded, count
 from scumble.formats.seal import sealed
+from scumble.formats.stored import Stored
 from scumble.formats.tables.bases import TITLES, WIDTHS, told_by
 from scumble.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class Codec(Protocol):
@@ -89,9 +92,6 @@ CODECS: Registry[type[Codec]] = Registry(
 
 _USUAL = ("diffusers", "lycoris")
 """The dialects that a file is written in when none is named, the first that can hold it."""
-
-_TENSORS = 20_000
-"""An adapter of every layer of SDXL, in the family with the most tensors, has 12,000."""
 
 _FOREIGN: tuple[tuple[str, str], ...] = (
     (r"(model\.diffusion_model|first_stage_model|cond_stage_model)\.", "a whole Stable Diffusion checkpoint"),
@@ -146,11 +146,14 @@ def detect(path: str | Path) -> str:
     return _codec_for(read_header(find(path))).name
 
 
-def read(path: str | Path, layers: Layers | None = None, *, allow_partial: bool = False) -> Read:
+def read(
+    path: str | Path, layers: Layers | None = None, *, allow_partial: bool = False, stored: bool = False
+) -> Read:
     """Read the adapter at `path` (a file, or a folder that holds one) for a base that has `layers`.
 
     Without `layers` every name is believed: for conversions and for looking at files. `allow_partial` drops
-    what does not fit the base, and says so in the report.
+    what does not fit the base, and says so in the report. `stored` leaves the tensors as they lie in the file (see
+    `stored.py`), for those who do not compute with them: torch is then not imported.
 
     Raises:
         UnknownFormat: no codec claims the file, or several do.
@@ -162,7 +165,7 @@ def read(path: str | Path, layers: Layers | None = None, *, allow_partial: bool 
     where = find(path)
     claims: list[Codec] = []
     # before a whole checkpoint of several GB is read
-    file = load(where, lambda header: claims.append(_codec_for(header)))
+    file = load(where, lambda header: claims.append(_codec_for(header)), stored=stored)
     codec = claims[0]
     _refuse_non_finite(file.tensors, f"{where.name} can't be used")
     shapes = _shapes(layers) if isinstance(layers, Mapping) else {}
@@ -305,9 +308,9 @@ def base_title(width: int | None, family: str = "") -> str | None:
 def _codec_for(file: TensorFile) -> Codec:
     if not file.tensors:
         raise UnknownFormat(f"{file.label} holds no tensors.")
-    if len(file.tensors) > _TENSORS:
+    if len(file.tensors) > TENSOR_LIMIT:
         raise UnknownFormat(
-            f"{file.label} holds {len(file.tensors)} tensors; no adapter has more than {_TENSORS}."
+            f"{file.label} holds {len(file.tensors)} tensors; no adapter has more than {TENSOR_LIMIT}."
         )
     claims = [codec for _, kind in CODECS.working() if (codec := kind()).matches(file)]
     if len(claims) == 1:
@@ -328,7 +331,11 @@ def _codec_for(file: TensorFile) -> Codec:
 
 
 def _refuse_non_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    if broken := not_finite(tensors):
+    everything: Mapping[str, object] = tensors
+    as_they_lie = {name: tensor for name, tensor in everything.items() if isinstance(tensor, Stored)}
+    others = {name: t for name, t in tensors.items() if name not in as_they_lie} if as_they_lie else tensors
+    broken = [name for name, tensor in as_they_lie.items() if not tensor.finite()] + not_finite(others)
+    if broken:
         raise NotFinite(
             f"{what}: {len(broken)} of {count(tensors, 'tensor')} not finite (NaN or infinity), "
             f"first {_short(broken[0])}."

@@ -18,22 +18,30 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from scumble.errors import FormatError
-from scumble.formats.pickles import ENDINGS as PICKLES
-from scumble.formats.pickles import is_pickle, load_pickle
+from scumble.formats.stored import DTYPES, Stored, bytes_of, code_of, dtype_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 """The file name that diffusers looks for in a folder."""
 
-HEADER_LIMIT = 16 * 2**20
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+"""File names that promise a pickle."""
+
+HEADER_LIMIT = 8 * 2**20
 """Bytes. The longest real headers (years of tag statistics) stay under 4 MiB."""
+
+TENSOR_LIMIT = 20_000
+"""An adapter of every layer of SDXL, in the family with the most tensors, has 12,000; a whole base fewer."""
 
 _CONFIG_LIMIT = 2**20
 
@@ -46,30 +54,14 @@ PEFT_NAME = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 """The file beside it that holds rank and alpha."""
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-_Entry = tuple[torch.dtype, tuple[int, ...], int, int]
-"""(dtype, shape, first byte, last byte + 1), counted from the end of the header."""
+_Entry = tuple[str, tuple[int, ...], int, int]
+"""(dtype as headers call it, shape, first byte, last byte + 1), counted from the end of the header."""
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """Named tensors and string metadata: all that a codec sees of a file."""
+    """Named tensors and string metadata: all that a codec sees of a file. The tensors are torch's, or `Stored`, which
+    does for a codec what torch's do."""
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -186,8 +178,8 @@ def _beside(path: Path) -> dict[str, Path]:
 
 
 def read_header(path: Path) -> TensorFile:
-    """Names, dtypes, shapes and metadata, as tensors on the `meta` device. Reads no weights of safetensors
-    files; pickles have no header and are read whole.
+    """Names, dtypes, shapes and metadata, as tensors without values. Reads no weights of safetensors files; pickles
+    have no header and are read whole.
 
     Raises:
         FormatError: the file is no safetensors file, is cut short, or its header contradicts itself.
@@ -195,20 +187,21 @@ def read_header(path: Path) -> TensorFile:
     return _gather(path, _read_header)
 
 
-def load(path: Path, look: Callable[[TensorFile], None] | None = None) -> TensorFile:
+def load(path: Path, look: Callable[[TensorFile], None] | None = None, *, stored: bool = False) -> TensorFile:
     """The whole adapter in memory, on the CPU. Takes as much memory as its files are long: the tensors of one file
     share theirs.
 
-    `look` is shown what `read_header` gives before any weight is read, and may raise.
+    `look` is shown what `read_header` gives before any weight is read, and may raise. `stored`: the tensors of
+    safetensors files are `Stored`, so that torch is imported only if somebody computes.
 
     Raises:
         FormatError: as `read_header`.
     """
     if look is not None and set(files_of(path)) == {""}:
-        return _load(path, look)
+        return _load(path, look, stored=stored)
     if look is not None:
         look(read_header(path))
-    return _gather(path, _load)
+    return _gather(path, partial(_load, stored=stored))
 
 
 def _gather(path: Path, read_one: Callable[[Path], TensorFile]) -> TensorFile:
@@ -226,8 +219,12 @@ def _read_header(path: Path) -> TensorFile:
     return TensorFile(_Shells(entries), metadata, path, _sidecars(path))
 
 
-def _load(path: Path, look: Callable[[TensorFile], None] | None = None) -> TensorFile:
+def _load(
+    path: Path, look: Callable[[TensorFile], None] | None = None, *, stored: bool = False
+) -> TensorFile:
     if _is_pickle(path):
+        from scumble.formats.pickles import load_pickle
+
         tensors, texts = load_pickle(path)
         file = TensorFile(tensors, texts, path, _sidecars(path))
         if look is not None:
@@ -239,22 +236,22 @@ def _load(path: Path, look: Callable[[TensorFile], None] | None = None) -> Tenso
         if look is not None:
             look(shells)
         size = max((end for _, _, _, end in entries.values()), default=0)
-        content = torch.empty(size, dtype=torch.uint8, device="cpu")
+        content = np.empty(size, np.uint8) if stored else _aligned(size)
         stream.seek(start)
-        if stream.readinto(content.numpy()) != len(content):  # type: ignore[attr-defined]
+        if stream.readinto(content) != size:  # type: ignore[attr-defined]
             raise FormatError(f"{path.name} was cut short while it was being read.")
-    return replace(shells, tensors=_views(content, entries))
+    return replace(shells, tensors=(_parts if stored else _views)(content, entries))
 
 
-class _Shells(Mapping[str, Tensor]):
+class _Shells(Mapping[str, "Tensor"]):
     """Tensors without values, each made when it is asked for: names alone tell most of a file."""
 
     def __init__(self, entries: Mapping[str, _Entry]) -> None:
         self._entries = entries
 
     def __getitem__(self, name: str) -> Tensor:
-        dtype, shape, _, _ = self._entries[name]
-        return torch.empty(shape, dtype=dtype, device="meta")
+        code, shape, _, _ = self._entries[name]
+        return cast("Tensor", Stored(code, shape, None))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -267,19 +264,50 @@ def _without_values(file: TensorFile) -> TensorFile:
     return replace(file, tensors={name: tensor.to("meta") for name, tensor in file.tensors.items()})
 
 
-def _views(content: Tensor, entries: Mapping[str, _Entry]) -> dict[str, Tensor]:
-    """The tensors that lie in `content`; copies where foreign writers put them at addresses that their numbers can't
-    have."""
+def _aligned(size: int) -> np.ndarray[Any, Any]:
+    """So many bytes where torch would put them, at a multiple of 64."""
+    import torch
+
+    content: np.ndarray[Any, Any] = torch.empty(size, dtype=torch.uint8, device="cpu").numpy()
+    return content
+
+
+def _parts(content: np.ndarray[Any, Any], entries: Mapping[str, _Entry]) -> dict[str, Tensor]:
+    """The tensors that lie in `content`, as they are stored."""
+    return {
+        name: cast("Tensor", Stored(code, shape, content[begin:end]))
+        for name, (code, shape, begin, end) in entries.items()
+    }
+
+
+def _views(numbers: np.ndarray[Any, Any], entries: Mapping[str, _Entry]) -> dict[str, Tensor]:
+    """The tensors that lie in `numbers`; copies where foreign writers put them at addresses that theirs can't have."""
+    import torch
+
+    content = torch.from_numpy(numbers)
     found: dict[str, Tensor] = {}
     by_place = sorted(entries.items(), key=lambda item: item[1][2])
-    for dtype, alike in groupby(by_place, key=lambda item: item[1][0]):
+    for code, alike in groupby(by_place, key=lambda item: item[1][0]):
         names, places = zip(*alike, strict=True)
+        dtype = dtype_of(code)
         begin, end = places[0][2], places[-1][3]
         mine = content[begin:end]
-        numbers = (mine.clone() if begin % dtype.itemsize else mine).view(dtype)
-        parts = numbers.split([math.prod(shape) for _, shape, _, _ in places])
+        whole = (mine.clone() if begin % dtype.itemsize else mine).view(dtype)
+        parts = whole.split([math.prod(shape) for _, shape, _, _ in places])
         found |= {name: part.view(place[1]) for name, part, place in zip(names, parts, places, strict=True)}
     return {name: found[name] for name in entries}
+
+
+def is_pickle(start: bytes) -> bool:
+    """Whether a file that begins with these 8 bytes is a pickle, or a zip as `torch.save` writes it.
+
+    A safetensors file begins with the length of its header, which may look like the first two bytes of either;
+    but read as such a length, theirs would be beyond any that is accepted.
+    """
+    if start[:4] == b"PK\x03\x04":
+        return True
+    protocol = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    return protocol and int.from_bytes(start[:8], "little") >= 2**24
 
 
 def _is_pickle(path: Path) -> bool:
@@ -350,6 +378,8 @@ def _parse(stream: BinaryIO, path: Path) -> tuple[dict[str, _Entry], dict[str, s
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{name} has metadata that is not text by name.")
+    if len(header) > TENSOR_LIMIT:
+        raise FormatError(f"{name} holds {len(header)} tensors; no adapter has more than {TENSOR_LIMIT}.")
     entries = {tensor: _entry(tensor, entry, name) for tensor, entry in header.items()}
     _check_tiling(entries, size - 8 - length, name)
     return entries, metadata, 8 + length
@@ -366,26 +396,25 @@ def _entry(tensor: str, entry: Any, file: str) -> _Entry:
     if len(tensor) > NAME_LIMIT:
         raise FormatError(f"{file}: a tensor's name is {len(tensor)} characters long, {tensor[:60]!r}...")
     try:
-        dtype_name, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = (*shape, begin, end)
         whole = set(map(type, numbers)) == {int} and min(numbers) >= 0 and max(numbers) < 2**62
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{file}: the header entry of tensor {tensor!r} is malformed.") from error
     if not whole or len(shape) > 8:
         raise FormatError(f"{file}: tensor {tensor!r} has an impossible shape or position.")
-    if not isinstance(dtype_name, str) or dtype_name not in _DTYPES:
+    if not isinstance(code, str) or code not in DTYPES:
         raise FormatError(
-            f"{file}: tensor {tensor!r} has dtype {str(dtype_name)[:20]!r}. Known: {', '.join(_DTYPES)}."
+            f"{file}: tensor {tensor!r} has dtype {str(code)[:20]!r}. Known: {', '.join(DTYPES)}."
         )
-    dtype, count = _DTYPES[dtype_name], math.prod(shape)
+    count = math.prod(shape)
     if count == 0:
         raise FormatError(f"{file}: tensor {tensor!r} is empty, shape {shape}.")
-    if count * dtype.itemsize != end - begin:
+    if count * DTYPES[code].itemsize != end - begin:
         raise FormatError(
-            f"{file}: tensor {tensor!r} of shape {shape} and dtype {dtype_name} can't have {end - begin} "
-            f"bytes."
+            f"{file}: tensor {tensor!r} of shape {shape} and dtype {code} can't have {end - begin} bytes."
         )
-    return dtype, shape, begin, end
+    return code, shape, begin, end
 
 
 def _check_tiling(entries: Mapping[str, _Entry], available: int, file: str) -> None:
@@ -421,7 +450,7 @@ def pieces(file: TensorFile) -> list[bytes | memoryview]:
         FormatError: as `to_bytes`.
     """
     # wide dtypes first, as the library does, so that every tensor is aligned to its item size
-    order = sorted(file.tensors, key=lambda name: (-file.tensors[name].dtype.itemsize, name))
+    order = sorted(file.tensors, key=lambda name: (-file.tensors[name].itemsize, name))
     header: dict[str, Any] = {}
     if file.metadata:
         header["__metadata__"] = {key: file.metadata[key] for key in sorted(file.metadata)}
@@ -429,12 +458,12 @@ def pieces(file: TensorFile) -> list[bytes | memoryview]:
     position = 0
     for name in order:
         tensor = file.tensors[name]
-        if tensor.dtype not in _NAMES:
+        code = code_of(tensor)
+        if code is None:
             raise FormatError(f"Tensor {name!r} has dtype {tensor.dtype}, which safetensors can't hold.")
-        numbers: Any = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
-        content = memoryview(numbers)
+        content = bytes_of(tensor)
         header[name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": code,
             "shape": list(tensor.shape),
             "data_offsets": [position, position + len(content)],
         }

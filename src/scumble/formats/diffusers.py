@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
-from scumble.adapters.biased import UP_BIAS
+from scumble.adapters.names import UP_BIAS
 from scumble.adapters.state import AdapterState, LayerPath
 from scumble.formats.attention_processors import is_processor
 from scumble.formats.bundles import sizes, token_tensors, with_tokens

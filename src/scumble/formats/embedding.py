@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from scumble.adapters.state import AdapterState, LayerPath, TokenState
 from scumble.errors import FormatError
@@ -23,6 +22,9 @@ from scumble.formats.codec import cannot_represent
 from scumble.formats.container import TensorFile
 from scumble.formats.metadata import TOKENS, compact, from_header, parse_table, to_header
 from scumble.formats.pairs import Decoded, count
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EMBEDDING_NAME = "learned_embeds.safetensors"
 """The file name that diffusers looks for in a folder."""

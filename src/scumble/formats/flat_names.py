@@ -20,6 +20,7 @@ from functools import lru_cache
 from scumble.adapters.state import AdapterState, LayerPath
 from scumble.errors import FormatError
 from scumble.formats.keymap import CLIP_BEGINS, split_root
+from scumble.formats.tables.bases import ORIGINAL
 from scumble.formats.tables.modules import ANY_TRANSFORMER, ANY_UNET, CLIP_NORMS, CLIP_TEXT, UNET_NORMS
 
 PREFIXES: dict[str, tuple[str, ...]] = {
@@ -139,12 +140,10 @@ def spell(path: LayerPath, sdxl: bool) -> str | None:
 
 def is_sdxl(state: AdapterState) -> bool:
     """Whether an adapter is for SDXL: by its base, its second text encoder or the width of its text."""
-    if state.metadata.base_family in ("sd1", "sd2") or any(
-        p.startswith("transformer.") for p in state.layers
-    ):
+    if any(path.startswith("transformer.") for path in state.layers):
         return False
-    if state.metadata.base_family == "sdxl":
-        return True
+    if state.metadata.base_family in ORIGINAL:
+        return ORIGINAL[state.metadata.base_family]
     return any(
         path.startswith(("text_encoder_2.", "unet.add_embedding."))
         or (

@@ -16,15 +16,13 @@ adapter does not change has zero rows of B. The parts share one scale: where the
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from scumble.adapters.state import AdapterState, LayerPath, LayerState
 from scumble.errors import FormatError
@@ -45,7 +43,11 @@ from scumble.formats.pairs import (
     split_factor,
 )
 from scumble.formats.scales import alpha_of, settle
+from scumble.formats.stored import scalar
 from scumble.formats.tables.modules import CLIP_TEXT, FLUX_TRANSFORMER, T5_TEXT
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PADDED = "scumble.padded"
 """Our header entry: the parts that a fused matrix has zero rows for, because the adapter does not change them."""
@@ -261,7 +263,7 @@ class _Fused:
             tensors[f"{name}.{down_ending}"], tensors[f"{name}.{up_ending}"] = down, up
             if self.scaled:
                 scale = next(layer.scale for layer in group.values() if layer is not None)
-                tensors[f"{name}.alpha"] = torch.tensor(scale * len(down))
+                tensors[f"{name}.alpha"] = scalar(scale * len(down), down)
             padded += [path for path, layer in group.items() if layer is None]
         header = to_header(state.metadata, {classic(path): layer for path, layer in state.layers.items()})
         if padded:
@@ -463,7 +465,7 @@ def _split(
             f"1 layer has only one of the two factors: {half!r}. The file is damaged or was edited. Not applied."
         )
     down, up = file.tensors[names["down"]], file.tensors[names["up"]]
-    if down.ndim == 4 and down.shape[2:].numel() == 1:
+    if down.ndim == 4 and math.prod(down.shape[2:]) == 1:
         down, up = down.flatten(1), up.flatten(1)
     if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
         raise FormatError(
@@ -506,6 +508,8 @@ def _split(
 
 
 def _alphas(alpha: Mapping[str, float], share: float) -> dict[str, Tensor]:
+    import torch
+
     return {part: torch.tensor(value * share, dtype=torch.float64) for part, value in alpha.items()}
 
 
@@ -532,7 +536,7 @@ def _ranks(rank: int, up: Tensor, rows: Sequence[int], told: Sequence[int] | Non
     if rank % len(rows):
         return None
     own = rank // len(rows)
-    blocks = torch.split(up, list(rows))
+    blocks = up.split(list(rows))
     for number, block in enumerate(blocks):
         if block[:, : number * own].any() or block[:, (number + 1) * own :].any():
             return None
@@ -547,7 +551,9 @@ def _joined(group: Mapping[LayerPath, LayerState | None]) -> tuple[Tensor, Tenso
     if len(parts) == 1:
         return there[0].tensors["down"], there[0].tensors["up"]
     rows = _sizes(group)
-    shared = all(torch.equal(layer.tensors["down"], first) for layer in there)
+    import torch
+
+    shared = all(first.equal(layer.tensors["down"]) for layer in there)
     down = first if shared else torch.cat([layer.tensors["down"] for layer in there])
     up = first.new_zeros(sum(rows), len(down))
     begin = column = 0
@@ -583,4 +589,6 @@ def _without_sizes(group: Mapping[LayerPath, LayerState | None]) -> str | None:
 
 
 def _halves_swapped(up: Tensor) -> Tensor:
+    import torch
+
     return torch.cat(up.chunk(2)[::-1])

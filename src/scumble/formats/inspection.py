@@ -9,20 +9,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import mul
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from scumble.adapters.biased import UP_BIAS, apart
-from scumble.adapters.factors import change_of
 from scumble.adapters.families import FAMILIES
-from scumble.adapters.magnitude import INPUTS, OUTPUTS
+from scumble.adapters.names import INPUTS, OUTPUTS, UP_BIAS, apart
 from scumble.adapters.state import AdapterState, LayerPath, LayerState, Metadata, TokenState
 from scumble.formats.codec import base_title, cross_attention_width, down_shapes, read
 from scumble.formats.container import files_of
 from scumble.formats.keymap import ROOTS, split_root
-from scumble.formats.kinds import weight_shape
+from scumble.formats.kinds import reads_weight, weight_shape
+from scumble.formats.stored import dtype_name, numbers_of
 from scumble.formats.tables.bases import told_by
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MAGNITUDES = {INPUTS, OUTPUTS}
 
@@ -78,7 +78,7 @@ def inspect(path: str | Path) -> Inspection:
     Raises:
         FormatError: as `read`; a file of an unknown dialect or family is refused by its name.
     """
-    found = read(path)
+    found = read(path, stored=True)
     # the denoiser first, whatever the file's order
     order = sorted(found.state.layers, key=lambda layer: ROOTS.index(split_root(layer)[0]))
     state = replace(found.state, layers={layer: found.state.layers[layer] for layer in order})
@@ -96,7 +96,7 @@ def inspect(path: str | Path) -> Inspection:
         layers=dict(Counter(split_root(layer)[0] for layer in state.layers)),
         tokens={name: _vectors(token) for name, token in state.tokens.items()},
         parameters=sum(tensor.numel() for tensor in tensors),
-        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
+        dtypes=tuple(sorted({dtype_name(tensor) for tensor in tensors})),
         size=sum(file.stat().st_size for file in files_of(found.path).values()),
         sha256=digest_of(found.path),
         blocks=blocks_of(state),
@@ -128,11 +128,21 @@ def change_norm(layer: LayerState, weight: Tensor | None = None) -> float | None
     diff = layer.tensors.get("diff")
     if layer.family == "full" and diff is not None:
         return abs(layer.scale) * float(diff.double().norm())
+    if layer.family == "lora":
+        return abs(layer.scale) * _product_norm(layer.tensors["up"], layer.tensors["down"])
     thin = FAMILIES.get(layer.family).thin(layer)
     if thin is None:
+        from scumble.adapters.factors import change_of
+
         return None if weight is None else float(change_of("", layer, {"": weight}).norm())
     left, right, _ = thin
-    squares = (left.T @ left).double() * (right @ right.T)
+    return _product_norm(left, right)
+
+
+def _product_norm(left: Tensor, right: Tensor) -> float:
+    """||L R||, which numpy computes as well as torch, and is there sooner."""
+    tall, wide = (numbers_of(tensor).reshape(tensor.shape[0], -1) for tensor in (left, right))
+    squares = (tall.T @ tall).astype("f8") * (wide @ wide.T)
     # rounding may leave a tiny negative number where the exact value is 0
     return math.sqrt(max(0.0, float(squares.sum())))
 
@@ -150,6 +160,8 @@ def is_idle(layer: LayerState) -> bool:
         shape = weight_shape(layer)
         if shape is None or 0 in shape:
             return not any(acting)
+        import torch
+
         return change_norm(layer, torch.ones(shape)) == 0.0
     return norm == 0.0
 
@@ -178,8 +190,13 @@ def blocks_of(state: AdapterState, weights: Mapping[LayerPath, Tensor] | None = 
 
 def _weight_for(layer: LayerState) -> Tensor | None:
     """What stands for the base's weight where a change has its shape and does not depend on its values."""
-    shape = None if _MAGNITUDES & layer.tensors.keys() else weight_shape(layer)
-    return torch.zeros(shape) if shape is not None and 0 not in shape else None
+    unknown = _MAGNITUDES & layer.tensors.keys() or reads_weight(layer.family)
+    shape = None if unknown else weight_shape(layer)
+    if shape is None or 0 in shape:
+        return None
+    import torch
+
+    return torch.zeros(shape)
 
 
 def _root_of_sum(norms: Sequence[float | None]) -> float | None:

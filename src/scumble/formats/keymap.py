@@ -21,7 +21,7 @@ CLIP_BEGINS = ("encoder.layers.", "final_layer_norm")
 """How the names of CLIP's layers begin, less `text_model.`."""
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=2**15)
 def split_root(spelled: str) -> tuple[str, str]:
     """(component, rest) of a layer's name. A component saved alone has no prefix: a text encoder, which its names
     tell, or a UNet."""

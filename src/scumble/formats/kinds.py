@@ -5,6 +5,7 @@
     hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b [hada_t1, hada_t2]   loha
     lokr_w1 or lokr_w1_a, lokr_w1_b; lokr_w2 or lokr_w2_a, ...      lokr
     diff, or on a normalisation w_norm                              full
+    a1.weight, a2.weight, b1.weight, b2.weight                      glora
     oft_blocks [rescale], oft_R.weight [oft_R.scaled_oft]           oft; boft where oft_blocks has four dimensions
     weight, on_input                                                ia3: only where names are flat
     scumble.<family>.<tensor>                                       any other family: ours alone
@@ -19,22 +20,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import torch
-from torch import Tensor
-
-from scumble.adapters.biased import BIAS, UP_BIAS, apart
 from scumble.adapters.families import FAMILIES
-from scumble.adapters.magnitude import INPUTS, OUTPUTS
-from scumble.adapters.oft import INPUT_FORMS, triangle_size
-from scumble.adapters.operate import Layer
+from scumble.adapters.names import BIAS, INPUT_FORMS, INPUTS, OUTPUTS, UP_BIAS, apart, triangle_size
 from scumble.adapters.state import LayerState
 from scumble.errors import FormatError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from scumble.adapters.operate import Layer
 
 LIMITED = frozenset({"oft", "boft"})
 """Families whose alpha is a limit, where 0 means none, and no scale."""
@@ -60,6 +60,7 @@ ENDINGS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(.+)\.oft_R(?:\.default)?\.weight"), "oft_R"),
     (re.compile(r"(.+)\.oft_R\.scaled_oft"), "scaled_oft"),
     (re.compile(r"(.+)\.ia3_l(?:\.default)?"), "ia3_l"),
+    *((re.compile(rf"(.+)\.{name}\.weight"), f"{name}.weight") for name in ("a1", "a2", "b1", "b2")),
 )
 """Patterns of whole tensor names -> part. The first group is the layer."""
 
@@ -89,6 +90,8 @@ class Kind:
     """Whether a magnitude may stand beside the parts."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Part -> the family's own name for the tensor, where it is another."""
+    reads_weight: bool = False
+    """Whether the change depends on the base's weights, though its tensors tell their whole shape."""
     own: bool = False
     """Whether the endings are ours alone; rank and alpha are then in our header entry."""
 
@@ -117,6 +120,12 @@ KINDS = (
         prefix="lokr_",
         magnitudes=True,
     ),
+    Kind(
+        "glora",
+        (("a1.weight", "a2.weight", "b1.weight", "b2.weight"),),
+        names={f"{name}.weight": name for name in ("a1", "a2", "b1", "b2")},
+        reads_weight=True,
+    ),
     Kind("full", (("diff",), ("w_norm",))),
     Kind(
         "oft",
@@ -140,19 +149,24 @@ _BY_PART = {
 _FULL = next(kind for kind in KINDS if kind.family == "full")
 
 
-def kind_of(parts: Mapping[str, object]) -> Kind | None:
+def kind_of(parts: Iterable[str]) -> Kind | None:
     """The family of a layer with these parts; None for LoRA and DoRA."""
+    return _kind_of(frozenset(parts))
+
+
+@lru_cache(maxsize=1024)
+def _kind_of(parts: frozenset[str]) -> Kind | None:
     own = next((part.split(".")[1] for part in parts if part.startswith("scumble.")), None)
     if own:
         return _own(own)
     claims = [_BY_PART[part] for part in parts if part in _BY_PART]
     if claims:
         return KINDS[min(claims)]
-    alone = BIASES.keys() & parts.keys() and not {"down", "up"} & parts.keys()
+    alone = BIASES.keys() & parts and not {"down", "up"} & parts
     return _FULL if alone else None
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=2**15)
 def split_ending(name: str, flat: bool = False) -> tuple[str, str]:
     """(layer, part) of a tensor's name; part is empty for others."""
     for pattern, part in (*ENDINGS, *(FLAT_ENDINGS if flat else ())):
@@ -272,6 +286,8 @@ def weight_shape(state: LayerState) -> tuple[int, ...] | None:
                 a, c = t["w1"].shape if "w1" in t else _product(t, "w1_a", "w1_b", "")
                 b, d, *kernel = t["w2"].shape if "w2" in t else _product(t, "w2_a", "w2_b", "t2")
                 return (a * b, c * d, *kernel)
+            case "glora":
+                return _glora_shape(*(tuple(t[name].shape) for name in ("a1", "a2", "b1", "b2")))
             case "full":
                 return tuple(t["diff"].shape) if "diff" in t else (len(t[BIAS]), 0)
             case "ia3":
@@ -293,15 +309,13 @@ def fit_tensors(state: LayerState, weight: Sequence[int]) -> LayerState | None:
     state, sides = apart(state)
     if any(tensor.shape[0] != weight[0] for tensor in sides.values()):
         return None
-    base = cast(Layer, SimpleNamespace(weight=torch.empty(tuple(weight), device="meta")))
+    import torch
+
+    base = cast("Layer", SimpleNamespace(weight=torch.empty(tuple(weight), device="meta")))
     tensors = {}
     for name, expected in FAMILIES.get(state.family).expected_shapes(base, state).items():
         tensor = state.tensors.get(name)
-        if (
-            tensor is None
-            or tensor.shape[:1] != expected[:1]
-            or tensor.numel() != torch.Size(expected).numel()
-        ):
+        if tensor is None or tensor.shape[:1] != expected[:1] or tensor.numel() != math.prod(expected):
             return None
         tensors[name] = tensor.reshape(expected)
     return replace(state, tensors={**tensors, **sides}) if tensors.keys() == state.tensors.keys() else None
@@ -318,6 +332,8 @@ def parts_of(state: LayerState) -> dict[str, Tensor]:
         shapes = {name: tuple(tensor.shape) for name, tensor in state.tensors.items()}
         raise FormatError(f"A {state.family} layer's tensors contradict each other: {shapes}.")
     if state.family == "ia3":
+        import torch
+
         on_input = "input_factors" in state.tensors
         return {
             "weight": state.tensors["input_factors" if on_input else "factors"],
@@ -352,7 +368,12 @@ def has_alpha(family: str) -> bool:
     if family in LIMITED:
         return True
     forms = next((kind.forms for kind in KINDS if kind.family == family), None)
-    return forms is None or any(part.endswith("_b") for form in forms for part in form)
+    return forms is None or any(_has_rank(part.removesuffix(".weight")) for form in forms for part in form)
+
+
+def reads_weight(family: str) -> bool:
+    """Whether a change depends on the base's weights, though its tensors tell their whole shape."""
+    return any(kind.reads_weight for kind in KINDS if kind.family == family)
 
 
 def told_rank(state: LayerState) -> int:
@@ -371,7 +392,7 @@ def _product(t: Mapping[str, Tensor], a: str, b: str, core: str) -> tuple[int, .
         ValueError: the shapes do not go together.
     """
     left, right = t[a], t[b]
-    right_rank, inner = right.shape[0], right.shape[1:].numel()
+    right_rank, inner = right.shape[0], math.prod(right.shape[1:])
     if core not in t:
         if left.ndim != 2 or left.shape[1] != right_rank:
             raise ValueError
@@ -379,6 +400,20 @@ def _product(t: Mapping[str, Tensor], a: str, b: str, core: str) -> tuple[int, .
     if left.ndim != 2 or t[core].ndim != 4 or tuple(t[core].shape[:2]) != (left.shape[0], right_rank):
         raise ValueError
     return left.shape[1], inner, *t[core].shape[2:]
+
+
+def _glora_shape(
+    a1: Sequence[int], a2: Sequence[int], b1: Sequence[int], b2: Sequence[int]
+) -> tuple[int, ...] | None:
+    """Shape of W from those of the factors in W a1 @ a2 + b1 @ b2; None where they contradict each other."""
+    thin = math.prod((*a1[2:], *a2[2:], *b1[2:])) == 1
+    agree = a1[:2] == a2[:2][::-1] and a2[:2] == b2[:2] and b1[1] == b2[0]
+    return (b1[0], *b2[1:]) if thin and agree else None
+
+
+def _has_rank(name: str) -> bool:
+    """Whether a tensor's rows are the rank: a factor on the input side."""
+    return name.endswith("_b") or name in ("down", "a2", "b2")
 
 
 def _rank(tensors: Mapping[str, Tensor]) -> int:
@@ -389,7 +424,7 @@ def _rank(tensors: Mapping[str, Tensor]) -> int:
     form = next((name for name in INPUT_FORMS if name in tensors), None)
     if form is not None:
         return triangle_size(tensors[form].shape[-1])
-    ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("_b") or name == "down"}
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if _has_rank(name)}
     return ranks.pop() if len(ranks) == 1 else 0
 
 
@@ -399,6 +434,8 @@ def _rotation(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     if (
         tensors.pop("scaled_oft", None) is not None
     ):  # OneTrainer's learning rates are for numbers of this size
+        import torch
+
         numbers = tensors["weight_series"]
         wide = numbers.to(torch.promote_types(numbers.dtype, torch.float32))
         size = triangle_size(numbers.shape[-1]) if numbers.ndim == 2 else 0

@@ -21,9 +21,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
-
-from scumble.adapters.biased import SIDES
+from scumble.adapters.names import SIDES
 from scumble.adapters.state import AdapterState, LayerPath, LayerState, Metadata
 from scumble.errors import WrongBase
 from scumble.formats.bundles import with_tokens
@@ -34,6 +32,7 @@ from scumble.formats.metadata import compact, to_header
 from scumble.formats.pairs import (
     Decoded,
     Factor,
+    alpha_tensor,
     assemble,
     beyond_lora,
     check_lora,
@@ -55,6 +54,10 @@ _SAID = {
     "flux": ("flux1", "flux-1-dev/lora", "1024x1024"),
 }
 """Base family -> (ss_base_model_version, modelspec.architecture, modelspec.resolution)."""
+_SAID_OF_VELOCITY = {"sd2": ("sd_v2_v", "stable-diffusion-v2-768-v/lora", "768x768")}
+"""The same of a base that predicts velocity, where it is called otherwise."""
+_V2 = ("sd_v2", "sd_v2_v")
+"""Versions that kohya's tools call v2."""
 _CODE = {
     "sdxl": "https://github.com/Stability-AI/generative-models",
     "flux": "https://github.com/black-forest-labs/flux",
@@ -119,7 +122,7 @@ class Kohya:
             layers[spelled] = layer
             tensors[f"{spelled}.lora_down.weight"] = layer.tensors["down"]
             tensors[f"{spelled}.lora_up.weight"] = layer.tensors["up"]
-            tensors[f"{spelled}.alpha"] = torch.tensor(layer.scale * layer.rank)
+            tensors[f"{spelled}.alpha"] = alpha_tensor(layer)
         header = to_header(state.metadata, layers)
         width = cross_attention_width(down_shapes(state))
         family = "sdxl" if sdxl else state.metadata.base_family or WIDTHS.get(width or 0, ("",))[0]
@@ -150,13 +153,12 @@ def tool_header(metadata: Metadata, layers: Mapping[str, LayerState], family: st
     `layers`: the layers by their flat names.
     """
     extra = {key: text for key, text in metadata.extra.items() if key.startswith(("ss_", "modelspec."))}
-    version, architecture, resolution = _SAID.get(family, ("", "", ""))
-    if family == "sd2" and metadata.prediction_type == "v_prediction":
-        version, architecture, resolution = "sd_v2_v", "stable-diffusion-v2-768-v/lora", "768x768"
+    known = _SAID | (_SAID_OF_VELOCITY if metadata.prediction_type == "v_prediction" else {})
+    version, architecture, resolution = known.get(family, ("", "", ""))
     flat = {
         name: layer
         for name, layer in layers.items()
-        if "down" not in layer.tensors or layer.tensors["down"].shape[2:].numel() == 1
+        if "down" not in layer.tensors or math.prod(layer.tensors["down"].shape[2:]) == 1
     }
     convolutions = {name: layer for name, layer in layers.items() if name not in flat}
     args = {}
@@ -177,7 +179,7 @@ def tool_header(metadata: Metadata, layers: Mapping[str, LayerState], family: st
     }
     default = {
         "ss_base_model_version": version,
-        "ss_v2": str(family == "sd2") if family else "",
+        "ss_v2": str(version in _V2) if family else "",
         "ss_sd_model_name": metadata.base_name,
         "modelspec.title": extra.get("ss_output_name", "LoRA"),
         "modelspec.resolution": resolution,

@@ -10,16 +10,16 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from scumble.adapters.biased import BIAS, UP_BIAS
-from scumble.adapters.magnitude import INPUTS, OUTPUTS
+from scumble.adapters.names import BIAS, INPUTS, OUTPUTS, UP_BIAS
 from scumble.adapters.state import AdapterState, LayerPath, LayerState
 from scumble.errors import FormatError
 from scumble.formats.metadata import LayerFacts, is_count, is_number, majority
 from scumble.formats.pairs import check_lora
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class LoraConfig:

@@ -16,18 +16,16 @@ alpha is written multiplied by sqrt(r).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from scumble.adapters.biased import BIAS, UP_BIAS
 from scumble.adapters.families import FAMILIES
-from scumble.adapters.magnitude import INPUTS, OUTPUTS
+from scumble.adapters.names import BIAS, INPUTS, OUTPUTS, UP_BIAS
 from scumble.adapters.state import AdapterState, LayerPath, LayerState
-from scumble.errors import NoEffect
+from scumble.errors import FormatError, NoEffect
 from scumble.formats.bundles import with_tokens
 from scumble.formats.codec import cannot_represent
 from scumble.formats.container import TensorFile
@@ -44,10 +42,23 @@ from scumble.formats.kinds import (
 )
 from scumble.formats.kohya import hashes, refuse_transformers, tool_header
 from scumble.formats.metadata import compact, to_header
-from scumble.formats.pairs import Decoded, Factor, assemble, check_lora, refuse_unsupported, split_factor
+from scumble.formats.pairs import (
+    Decoded,
+    Factor,
+    alpha_tensor,
+    assemble,
+    check_lora,
+    refuse_unsupported,
+    split_factor,
+)
 from scumble.formats.scales import settle
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _PAIRS = ("lora", "dora")
+_STABILIZED = re.compile(r'"rs_lora":\s*"?true', re.IGNORECASE)
+"""In the header entry ss_network_args."""
 _ALGORITHMS = {"lora": "locon", "dora": "locon"}
 """Family -> LyCORIS's word for it, where that is another."""
 
@@ -67,6 +78,7 @@ class Lycoris:
         """See `Codec.decode`."""
         refuse_unsupported(file.tensors)
         _refuse_nothing(file)
+        _refuse_untold_scales(file)
         refuse_transformers(file)
         factors = [
             Factor(name, *split) for name in file.tensors if is_flat(name) and (split := _split(name))[1]
@@ -142,9 +154,20 @@ def _refuse_nothing(file: TensorFile) -> None:
         )
 
 
+def _refuse_untold_scales(file: TensorFile) -> None:
+    """Refuse GLoRA that is scaled by alpha / sqrt(rank): its alpha is saved as if it were alpha / rank, unlike all
+    others'."""
+    stabilized = _STABILIZED.search(file.metadata.get("ss_network_args", ""))
+    if stabilized and any(name.endswith(".a1.weight") for name in file.tensors):
+        raise FormatError(
+            "unsupported: a rank-stabilized GLoRA. Its file does not say by how much its change is multiplied. Nothing "
+            f"of {file.label} was used."
+        )
+
+
 def _parts(path: LayerPath, layer: LayerState) -> dict[str, Tensor]:
     """A layer's tensors by the endings of their names."""
-    alpha = {"alpha": torch.tensor(layer.scale * layer.rank)}
+    alpha = {"alpha": alpha_tensor(layer)}
     if layer.family in _PAIRS:
         pair = {name: layer.tensors[name] for name in ("down", "up") if name in layer.tensors}
         check_lora(path, replace(layer, tensors=pair))

@@ -11,10 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from scumble.adapters.state import AdapterState, LayerPath, LayerState
 from scumble.errors import FormatError
@@ -30,6 +27,10 @@ from scumble.formats.kinds import (
     weight_shape,
 )
 from scumble.formats.metadata import LAYERS, LayerFacts, from_header, layer_facts
+from scumble.formats.stored import scalar
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NO_LAYER = "matched no layer"
 
@@ -38,7 +39,7 @@ _UNSUPPORTED = (
     (re.compile(r"\.oft_diag$"), "oft_diag (the first OFT and BOFT of LyCORIS, which stored something else)"),
     (re.compile(r"\.boft_[Rs]$"), "boft_R (peft's BOFT, which shuffles otherwise than that of LyCORIS)"),
     (re.compile(r"\.dora_multiplier$"), "dora_multiplier (DoRA on top of OFT)"),
-    (re.compile(r"\.(a1|a2|b1|b2|bm)\.weight$"), "a1 and b1 (GLoRA)"),
+    (re.compile(r"\.bm\.weight$"), "bm (GLoRA with a kernel apart)"),
     (re.compile(r"\.ia3_l$"), "ia3_l (IA3 in peft's spelling)"),
     (re.compile(r"\.lokr_t1$"), "lokr_t1 (LoKr with two cores)"),
     (re.compile(r"_custom_diffusion\.weight$"), "custom_diffusion (full matrices)"),
@@ -85,7 +86,7 @@ _FACTORS = (
 )
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=2**15)
 def split_factor(name: str) -> tuple[str, str]:
     """(layer, part) of a tensor's name, in whatever way its tool calls the parts; part is empty for others."""
     for pattern, part in _FACTORS:
@@ -113,7 +114,7 @@ def refuse_unsupported(names: Iterable[str]) -> None:
         raise FormatError(f"unsupported: {listed}. Nothing of the file was used.")
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=2**15)
 def _unsupported(name: str) -> tuple[tuple[str, str], ...]:
     """(title, module) of each family that is not known here and has tensors called so."""
     matches = ((title, pattern.search(name)) for pattern, title in _UNSUPPORTED)
@@ -228,7 +229,7 @@ def _rank(file: TensorFile, spelled: str, found: Mapping[str, str]) -> int:
         down.ndim not in (2, 4)
         or up.ndim not in (2, 4)
         or up.shape[1] != down.shape[0]
-        or up.shape[2:].numel() != 1
+        or math.prod(up.shape[2:]) != 1
     ):
         raise FormatError(
             f"The factors of {spelled!r} have shapes {tuple(down.shape)} and {tuple(up.shape)}; expected "
@@ -237,7 +238,7 @@ def _rank(file: TensorFile, spelled: str, found: Mapping[str, str]) -> int:
     refuse_integers(spelled, down, up)
     if "mid" in found:
         mid, rank = file.tensors[found["mid"]], down.shape[0]
-        if mid.ndim != 4 or tuple(mid.shape[:2]) != (rank, rank) or down.shape[2:].numel() != 1:
+        if mid.ndim != 4 or tuple(mid.shape[:2]) != (rank, rank) or math.prod(down.shape[2:]) != 1:
             raise FormatError(
                 f"{found['mid']!r} has shape {tuple(mid.shape)}; expected (rank, rank, k, k) between factors "
                 f"of kernel 1, which have {tuple(down.shape)} and {tuple(up.shape)}. Not applied."
@@ -252,6 +253,8 @@ def _factors(file: TensorFile, found: Mapping[str, str]) -> dict[str, Tensor]:
     down, up = file.tensors[found["down"]], file.tensors[found["up"]]
     if "mid" in found:
         # W[o, i] = up[o, m] mid[m, n] down[n, i] in every place of the kernel: (up) (mid down) has rank r too
+        import torch
+
         mid = file.tensors[found["mid"]]
         wide = torch.float64 if torch.float64 in (down.dtype, mid.dtype) else torch.float32
         down = torch.einsum("mnkl,ni->mikl", mid.to(wide), down.to(wide).flatten(1))
@@ -268,6 +271,11 @@ def refuse_integers(layer: str, down: Tensor, up: Tensor) -> None:
         raise FormatError(
             f"The factors of {layer!r} are {down.dtype} and {up.dtype}; expected floating point."
         )
+
+
+def alpha_tensor(layer: LayerState) -> Tensor:
+    """The alpha by which alpha / rank is the layer's scale, as a tensor of fp32."""
+    return scalar(layer.scale * layer.rank, next(iter(layer.tensors.values()), None))
 
 
 def beyond_lora(state: AdapterState) -> str | None:
@@ -313,8 +321,8 @@ def fit(layer: LayerState, weight: Sequence[int]) -> LayerState | None:
     down, up = layer.tensors["down"], layer.tensors["up"]
     if tuple(down.shape[1:]) == tuple(weight[1:]) and up.shape[0] == weight[0]:
         return layer
-    plain = down.shape[2:].numel() == 1  # also when there is nothing after (rank, in)
-    if up.shape[0] != weight[0] or not plain or down[0].numel() != math.prod(weight[1:]):
+    plain = math.prod(down.shape[2:]) == 1  # also when there is nothing after (rank, in)
+    if up.shape[0] != weight[0] or not plain or math.prod(down.shape[1:]) != math.prod(weight[1:]):
         return None
     tensors: dict[str, Tensor] = {
         **layer.tensors,

@@ -10,14 +10,12 @@ Layers keep the names of the model at hand, as peft matches them exactly; read i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from scumble.adapters.biased import SIDES, UP_BIAS
+from scumble.adapters.names import SIDES, UP_BIAS
 from scumble.adapters.state import AdapterState, LayerPath, LayerState
 from scumble.errors import FormatError
 from scumble.formats.codec import cannot_represent
@@ -41,6 +39,9 @@ from scumble.formats.pairs import (
 )
 from scumble.formats.peft_types import TYPES, PeftType, projected, type_for
 from scumble.formats.scales import settle
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PREFIX = "base_model.model."
 _CLASSES = {
@@ -245,9 +246,8 @@ def _refuse_overlapping_turns(state: AdapterState, layers: Collection[LayerPath]
     """
     shapes: Mapping[LayerPath, Sequence[int]] = layers if isinstance(layers, Mapping) else {}
     for path, layer in state.layers.items():
-        if {"triangles", "series"} & layer.tensors.keys() and torch.Size(
-            shapes.get(path, ())[2:]
-        ).numel() > 1:
+        kernel = math.prod(shapes.get(path, ())[2:])
+        if {"triangles", "series"} & layer.tensors.keys() and kernel > 1:
             raise FormatError(
                 f"unsupported: peft's OFT on the convolution {path!r}. It turns overlapping patches of the input and "
                 "adds them up, which no change of a weight does; its own merge gives other pictures. Nothing of it "

@@ -12,20 +12,20 @@ would not make it can't read, and is not written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from scumble.adapters.magnitude import INPUTS, OUTPUTS
-from scumble.adapters.oft import TERMS, triangle_size
+from scumble.adapters.names import INPUTS, OUTPUTS, TERMS, triangle_size
 from scumble.adapters.state import LayerState
 from scumble.errors import FormatError
 from scumble.formats.kinds import parts_of, weight_shape
 from scumble.formats.lora_config import LoraConfig, pattern_fields
 from scumble.formats.metadata import LayerFacts, is_number
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Layers = Mapping[str, LayerState]
 """The layers of one component, without its name."""
@@ -87,7 +87,7 @@ def _split(layer: LayerState) -> bool:
 def _kernel(layer: LayerState) -> int:
     """Numbers in the kernel, as far as the tensors tell: a flat one is taken for none."""
     shape = weight_shape(layer) or ()
-    return torch.Size(shape[2:]).numel()
+    return math.prod(shape[2:])
 
 
 def _lokr_obstacle(layers: Layers) -> str | None:
@@ -252,6 +252,8 @@ def projected(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
     for name, tensor in tensors.items():
         if not name.endswith(".oft_R.weight") or tensor.ndim != 2:
             continue
+        import torch
+
         limit = float(eps) / tensor.shape[0] ** 0.5
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         norm = (2 * wide.square().sum(1, keepdim=True)).sqrt()  # of Q, which has every number twice

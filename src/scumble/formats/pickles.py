@@ -20,9 +20,6 @@ from torch import Tensor
 
 from scumble.errors import FormatError
 
-ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-"""File names that promise a pickle."""
-
 _SLACK = 16 * 2**20
 """Bytes that small files may unfold to."""
 _UNFOLDING = 4
@@ -32,18 +29,6 @@ _WORDS, _WORDS_EACH = 2**16, 2**10
 """Bytes of names and structure: of a whole file, and more for each tensor, which needs about 300."""
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How files of `torch.save` began before torch 1.6: a number, pickled."""
-
-
-def is_pickle(start: bytes) -> bool:
-    """Whether a file that begins with these 8 bytes is a pickle, or a zip as `torch.save` writes it.
-
-    A safetensors file begins with the length of its header, which may look like the first two bytes of either;
-    but read as such a length, theirs would be beyond any that is accepted.
-    """
-    if start[:4] == b"PK\x03\x04":
-        return True
-    protocol = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
-    return protocol and int.from_bytes(start[:8], "little") >= 2**24
 
 
 def load_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-
-import torch
+from typing import TYPE_CHECKING
 
 from scumble.errors import FormatError
 from scumble.formats.container import TensorFile
 from scumble.formats.metadata import LAYERS, LayerFacts, layer_facts
+from scumble.formats.stored import DTYPES, code_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ALPHA_TENSOR = "the alpha tensor"
 
@@ -44,7 +47,7 @@ def settle(
                 zero += 1
                 alpha = float(rank)
             said[ALPHA_TENSOR] = LayerFacts(rank, alpha)
-            tolerance = max(tolerance, _rounding(file.tensors[layer + ".alpha"].dtype))
+            tolerance = max(tolerance, _rounding(file.tensors[layer + ".alpha"]))
         if said:
             _check(file, layer, rank, said, tolerance)
         elif _limits(file, layer):
@@ -75,7 +78,7 @@ def alpha_of(file: TensorFile, name: str) -> float:
     tensor = file.tensors[name]
     if tensor.numel() != 1:
         raise FormatError(f"Tensor {name!r} should be one number, its shape is {tuple(tensor.shape)}.")
-    alpha = float(tensor.double().reshape(()))
+    alpha = float(tensor.item())
     if not math.isfinite(alpha):
         raise FormatError(f"Tensor {name!r} is {alpha}. Not applied.")
     return alpha
@@ -96,6 +99,6 @@ def _check(file: TensorFile, layer: str, rank: int, said: Mapping[str, LayerFact
         )
 
 
-def _rounding(dtype: torch.dtype) -> float:
-    """How far rounding to `dtype` may move a number, as a share of it."""
-    return float(torch.finfo(dtype).eps) if dtype.is_floating_point else 0.0
+def _rounding(tensor: Tensor) -> float:
+    """How far rounding to a tensor's dtype may move a number, as a share of it."""
+    return DTYPES[code_of(tensor) or "F64"].eps

@@ -16,11 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from scumble.errors import ConfigError, FormatError
 from scumble.formats.container import PICKLES, TensorFile, files_of, find, load, read_header, save, to_bytes
 from scumble.formats.metadata import SEAL, SIGNATURE, compact, parse_table
+from scumble.formats.stored import bytes_of, dtype_name
 
 _SIGNED = b"scumble adapter signature 1\n"
 """Stands before what is signed, so that no signature made for another purpose fits."""
@@ -72,7 +71,7 @@ def check(path: str | Path) -> Verdict:
             pickle, or an adapter in several files.
     """
     where = _one_file(path)
-    file = load(where)
+    file = load(where, stored=True)
     now = _hashes(file)
     if SEAL not in file.metadata:
         return Verdict(where, now["tensors"], None, None, None, note="It carries no seal.")
@@ -117,7 +116,7 @@ def sign(path: str | Path, key: Path) -> str:
     """
     private = _private_key(key)
     where = _one_file(path)
-    file = load(where)
+    file = load(where, stored=True)
     if SEAL in file.metadata and _table(file.metadata[SEAL]) != _hashes(file):
         raise FormatError(
             f"{where.name} is not what was written: its content differs from its seal (scumble verify "
@@ -237,11 +236,9 @@ def _hashes(file: TensorFile) -> dict[str, str]:
     """sha256 hex of the tensors, and of all header entries but seal and signature."""
     digest = hashlib.sha256()
     for name in sorted(file.tensors):
-        tensor = file.tensors[name].detach().to("cpu").contiguous()
-        word = str(tensor.dtype).removeprefix("torch.")
-        digest.update(f"{len(name)} {name} {word} {list(tensor.shape)}\n".encode())
-        if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        tensor = file.tensors[name]
+        digest.update(f"{len(name)} {name} {dtype_name(tensor)} {list(tensor.shape)}\n".encode())
+        digest.update(bytes_of(tensor))
     entries = {name: text for name, text in file.metadata.items() if name not in (SEAL, SIGNATURE)}
     entries |= {f"file {name}": text for name, text in file.beside.items()}  # peft's rank and alpha
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from scumble.errors import FormatError
-from scumble.formats.container import _NAMES, HEADER_LIMIT, _open, _parse, replacing
+from scumble.formats.container import HEADER_LIMIT, _open, _parse, replacing
+from scumble.formats.stored import bytes_of, code_for, code_of, dtype_of
 
 CHUNK = 16 * 2**20
 """Bytes copied at once."""
@@ -22,8 +24,9 @@ CHUNK = 16 * 2**20
 class Layout:
     """Where everything lies in a file."""
 
-    entries: Mapping[str, tuple[torch.dtype, tuple[int, ...], int, int]]
-    """Tensor name -> (dtype, shape, first byte, last byte + 1), bytes counted from `start`; in the file's order."""
+    entries: Mapping[str, tuple[str, tuple[int, ...], int, int]]
+    """Tensor name -> (dtype as headers call it, shape, first byte, last byte + 1), bytes counted from `start`; in the
+    file's order."""
     metadata: Mapping[str, str]
     start: int
     """Where the tensors' bytes begin."""
@@ -97,13 +100,13 @@ def rewrite(
     with source.open("rb") as old, replacing(target) as new:
         new.write(_header(layout, metadata))
         for name in by_place:
-            dtype, shape, begin, end = layout.entries[name]
+            code, shape, begin, end = layout.entries[name]
             if name not in changes:
                 _copy(old, new, layout.start + begin, end - begin, source)
                 continue
             changed = changes[name](_read(old, source, layout, name))
-            assert changed.dtype == dtype and tuple(changed.shape) == shape, name
-            new.write(_bytes(changed))
+            assert code_of(changed) == code and tuple(changed.shape) == shape, name
+            new.write(bytes_of(changed))
             if progress is not None:
                 progress(name)
 
@@ -127,27 +130,23 @@ def write_streamed(
     # wide dtypes first, so that every tensor is aligned to its item size
     for name in sorted(entries, key=lambda name: (-entries[name][0].itemsize, name)):
         dtype, shape = entries[name]
-        end = position + dtype.itemsize * torch.Size(shape).numel()
-        places[name], position = (dtype, shape, position, end), end
+        code, end = code_for(dtype), position + dtype.itemsize * math.prod(shape)
+        assert code is not None, f"safetensors can't hold {dtype}"
+        places[name], position = (code, shape, position, end), end
     with replacing(target) as new:
         new.write(_header(Layout(places, metadata, 0), metadata))
-        for name, (dtype, shape, _, _) in places.items():
+        for name, (code, shape, _, _) in places.items():
             tensor = values(name)
-            assert tensor.dtype == dtype and tuple(tensor.shape) == shape, name
-            new.write(_bytes(tensor))
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    content: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return content
+            assert code_of(tensor) == code and tuple(tensor.shape) == shape, name
+            new.write(bytes_of(tensor))
 
 
 def _header(layout: Layout, metadata: Mapping[str, str]) -> bytes:
     header: dict[str, Any] = {}
     if metadata:
         header["__metadata__"] = {key: metadata[key] for key in sorted(metadata)}
-    for name, (dtype, shape, begin, end) in layout.entries.items():
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    for name, (code, shape, begin, end) in layout.entries.items():
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     if len(text) > HEADER_LIMIT:
@@ -156,12 +155,12 @@ def _header(layout: Layout, metadata: Mapping[str, str]) -> bytes:
 
 
 def _read(stream: BinaryIO, path: Path, layout: Layout, name: str) -> Tensor:
-    dtype, shape, begin, end = layout.entries[name]
+    code, shape, begin, end = layout.entries[name]
     content = bytearray(end - begin)
     stream.seek(layout.start + begin)
     if stream.readinto(content) != len(content):  # type: ignore[attr-defined]
         raise FormatError(f"{path.name} was cut short while it was being read, in tensor {name!r}.")
-    return torch.frombuffer(content, dtype=dtype).view(shape)
+    return torch.frombuffer(content, dtype=dtype_of(code)).view(shape)
 
 
 def _copy(old: BinaryIO, new: BinaryIO, start: int, count: int, path: Path) -> None:

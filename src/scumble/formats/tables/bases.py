@@ -12,6 +12,9 @@ WIDTHS: dict[int, tuple[str, str]] = {
 }
 """Cross-attention width -> (family name, as people write it)."""
 
+ORIGINAL: dict[str, bool] = {"sd1": False, "sd2": False, "sdxl": True}
+"""Base family -> whether flat names of its UNet's layers are those of the original code, not diffusers'."""
+
 SIGNS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("transformer.single_transformer_blocks.",), "flux", "Flux.1"),
     (("transformer.pos_embed.proj", "transformer.context_embedder"), "sd3", "SD 3"),

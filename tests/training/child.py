@@ -6,20 +6,25 @@ python child.py RUN '{"train": {...}, "targets": ..., "dropout": 0.2, "die_after
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from scumble.adapters.lora import LoraSettings
+from scumble.errors import DataError
 from scumble.rng import Streams
 from scumble.training import state as checkpoints
 from scumble.training.events import Event, StepDone
 from scumble.training.loop import train
+from scumble.training.plan import Plan
 from scumble.training.proofs import digest
 from scumble.training.settings import TrainSettings
 from tests.training.world import Listener, make_plan
@@ -73,8 +78,32 @@ def die_in_save(step: int, moment: str) -> None:
 
 
 def main(run: Path, wanted: dict[str, Any]) -> None:
+    """One run, or one after the other where `wanted` has several "cases" by name."""
     torch.set_num_threads(1)
+    for name, case in wanted.get("cases", {"": wanted}).items():
+        one(run / name, case)
+
+
+def failing(plan: Plan, run: Path, rank: int, step: int, how: str) -> Plan:
+    """`plan`, in which process `rank` is killed, stopped or raises an error after `step`."""
+    count = itertools.count(1)
+
+    def after_step() -> None:
+        if next(count) != step or os.environ.get("RANK", "0") != str(rank):
+            return
+        (run / "failed.json").write_text(json.dumps({"time": time.time(), "pid": os.getpid()}))
+        if how == "error":
+            raise DataError("fox.png: it is not there any more.")
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how])
+
+    first, *rest = plan.phases
+    return replace(plan, phases=(replace(first, after_step=after_step), *rest))
+
+
+def one(run: Path, wanted: dict[str, Any]) -> None:
     settings = TrainSettings.model_validate(wanted["train"])
+    if "seed_by_rank" in wanted:
+        settings = settings.model_copy(update={"seed": int(os.environ.get("RANK", "0"))})
     targets = wanted.get("targets", "attention")
     adapter = LoraSettings(rank=2, dropout=wanted.get("dropout", 0.0))
     plan, _ = make_plan(
@@ -84,9 +113,12 @@ def main(run: Path, wanted: dict[str, Any]) -> None:
         adapter=adapter,
         held_out=True,
         poison={int(k): float(v) for k, v in wanted.get("poison", {}).items()},
+        masks=wanted.get("masks", False),
         method=wanted.get("method", "text-to-image"),
         options=wanted.get("options"),
     )
+    if "fail" in wanted:
+        plan = failing(plan, run, *wanted["fail"])
     if "die_in_save" in wanted:
         die_in_save(*wanted["die_in_save"])
     listener = Fatal(wanted.get("die_after_step"), wanted.get("interrupt_after_step"))

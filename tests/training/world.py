@@ -35,8 +35,10 @@ class LatentBatches:
         *,
         cached_text: bool = True,
         poison: dict[int, float] | None = None,
+        masks: bool = False,
     ) -> None:
-        """`poison`: position -> a number put into that sample's latents."""
+        """`poison`: position -> a number put into that sample's latents. `masks`: each picture has one, of another
+        area, the first an empty one."""
         self.batch_size, self.samples, self.seed = batch_size, samples, seed
         self.fingerprint = f"latents-{samples}-{seed}"
         self.poison = poison or {}
@@ -45,6 +47,9 @@ class LatentBatches:
         self.latents = streams.normal("latents", range(samples), (base.latent_channels, 4, 4))
         shown = (base.shown_channels, 4, 4)
         self.shown = streams.normal("shown", range(samples), shown) if base.shown_channels else None
+        areas = torch.arange(samples).view(-1, 1, 1, 1) / samples
+        inside = streams.normal("masks", range(samples), (1, 4, 4)) < torch.special.ndtri(areas)
+        self.masks = inside.float() if masks else None
         self.base = base
         self.text = self.embedded() if cached_text else None
 
@@ -85,6 +90,7 @@ class LatentBatches:
             keys=tuple(f"{row}.png" for row in rows),
             positions=tuple(positions),
             shown=None if self.shown is None else self.shown[rows],
+            mask=None if self.masks is None else self.masks[rows],
         )
 
 
@@ -113,6 +119,7 @@ def make_plan(
     held_out: bool = False,
     samples: int = 6,
     poison: dict[int, float] | None = None,
+    masks: bool = False,
     targets: str | tuple[str, ...] = "attention",
     method: str = "text-to-image",
     options: dict[str, Any] | None = None,
@@ -124,7 +131,7 @@ def make_plan(
     told = METHODS.get(method).settings(**(options or {}))
     cached = isinstance(targets, str) and not getattr(told, "train_text_encoder", False)
     cached = cached and not METHODS.get(method).trains_text
-    batches = LatentBatches(base, train.batch, samples, cached_text=cached, poison=poison)
+    batches = LatentBatches(base, train.batch, samples, cached_text=cached, poison=poison, masks=masks)
     strangers = LatentBatches(base, 2, 4, seed=9, cached_text=cached)
     ingredients = Ingredients(
         base=base,

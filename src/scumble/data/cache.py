@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from scumble.data.together import Shelf
 from scumble.errors import DataError
 from scumble.models.family import BaseModel, Conditioning
 
@@ -131,6 +132,20 @@ class Cache:
             ) from error
 
 
+def shelf(cache: Cache, abouts: Mapping[str, str]) -> Shelf[Mapping[str, Tensor]]:
+    """`cache` as what several processes fill together. `abouts`: key -> what is said of it (see `Cache.put`)."""
+
+    def get(name: str) -> Mapping[str, Tensor]:
+        found = cache.get(name)
+        assert found is not None, f"{name} was there a moment ago"
+        return found
+
+    def put(name: str, tensors: Mapping[str, Tensor]) -> None:
+        cache.put(name, tensors, about=abouts[name])
+
+    return Shelf(has=cache.__contains__, get=get, put=put, size=_bytes)
+
+
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
@@ -161,7 +176,8 @@ def text_encoder_fingerprint(base: BaseModel) -> str:
     modules, waiting = base.modules(), base.waiting()
     encoders = {name: module for name, module in modules.items() if name.startswith("text_encoder")}
     # what waits to be loaded is known by its files
-    others = [sorted(waiting.items()), str(base.dtype)] if waiting else []
+    kept = sorted({str(base.dtype_of(name)) for name in waiting})
+    others = [sorted(waiting.items()), *kept] if waiting else []
     return key(_fingerprint(encoders, base), base.token_counts([_PROBE]), *others)
 
 

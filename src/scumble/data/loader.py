@@ -40,8 +40,10 @@ from scumble.data.problems import Problem, Refused, raise_all
 from scumble.data.record import Batch, Record, Sample
 from scumble.data.settings import NOT_SHOWN, DataSettings
 from scumble.data.sources import Dataset
+from scumble.data.together import ALONE, Together, complete
 from scumble.errors import DataError, ModelError
 from scumble.models.family import BaseModel, Conditioning
+from scumble.models.shortage import telling
 from scumble.rng import Streams
 
 Progress = Callable[[int, int, str], None]
@@ -50,6 +52,13 @@ Progress = Callable[[int, int, str], None]
 
 def no_progress(done: int, total: int, what: str) -> None:
     """Tells nobody."""
+
+
+_NEEDS_LESS = (
+    "Each is encoded alone, so that no smaller batch would help. What needs less: train.precision = "
+    '"bf16", train.quantization = "int8", on a GPU train.offload = "blocks" (the denoiser waits in host memory '
+    "meanwhile), or a smaller data.resolution. What is encoded already is found again where data.cache is set."
+)
 
 
 class Loader:
@@ -169,20 +178,29 @@ class Loader:
 
     # -- encoding --------------------------------------------------------------------------------------------
 
-    def prepare(self, *, first: int = 0, visits: int | None = None, progress: Progress = no_progress) -> None:
+    def prepare(
+        self,
+        *,
+        first: int = 0,
+        visits: int | None = None,
+        progress: Progress = no_progress,
+        together: Together = ALONE,
+    ) -> None:
         """Encode what the run shows, so that training takes it from the cache.
 
         `visits` None encodes every variant; a number only what the samples from position `first` on show,
-        over all processes. What is not prepared is encoded when it comes. Several processes may prepare one
-        cache at once; letting one go first saves the others the work.
+        over all processes. What is not prepared is encoded when it comes.
+
+        `together`: processes that prepare the same. Each picture and caption is encoded by one of them, once, and
+        handed to those who share no disk with it; `progress` tells of this process's part.
 
         Raises:
             DataError: a picture can't be read any more, or its latents are not finite; the text names it.
         """
         needed, said = self._everything() if visits is None else self._shown(first, visits)
-        self._prepare_images(needed, progress)
+        self._prepare_images(needed, progress, together)
         if not self.needs_text_encoder:
-            self._prepare_texts(said, progress)
+            self._prepare_texts(said, progress, together)
             self._base.release()
 
     def _everything(self) -> tuple[dict[int, tuple[Geometry, ...]], list[str]]:
@@ -204,31 +222,45 @@ class Loader:
                     needed.setdefault(visit.entry, {})[geometry.variant] = geometry
         return {index: tuple(found.values()) for index, found in sorted(needed.items())}, sorted(said)
 
-    def _prepare_images(self, needed: dict[int, tuple[Geometry, ...]], progress: Progress) -> None:
-        missing = {}
-        for index, geometries in needed.items():
-            absent = [
-                geometry for geometry in geometries if self._latent_key(index, geometry) not in self.cache
-            ]
-            if absent:
-                missing[index] = absent
-        total, done = sum(map(len, missing.values())), 0
+    def _prepare_images(
+        self, needed: dict[int, tuple[Geometry, ...]], progress: Progress, together: Together
+    ) -> None:
+        # pictures of the same bytes have the same key, and are encoded once
+        wanted = {
+            self._latent_key(index, geometry): (index, geometry)
+            for index, geometries in needed.items()
+            for geometry in geometries
+        }
 
-        def pixels(index: int) -> tuple[int, list[Tensor]]:
-            image = self._open(index)
-            return index, [self._pixels(image, geometry) for geometry in missing[index]]
+        def make(names: Sequence[str]) -> None:
+            missing: dict[int, list[Geometry]] = {}
+            for index, geometry in (wanted[name] for name in names):
+                missing.setdefault(index, []).append(geometry)
 
-        for index, tensors in in_order(pixels, missing, self.settings.workers):
-            for geometry, tensor in zip(missing[index], tensors, strict=True):
-                self._keep_latents(index, geometry, tensor)
-                done += 1
-                progress(done, total, "pictures")
+            def pixels(index: int) -> tuple[int, list[Tensor]]:
+                image = self._open(index)
+                return index, [self._pixels(image, geometry) for geometry in missing[index]]
 
-    def _prepare_texts(self, said: Sequence[str], progress: Progress) -> None:
-        missing = [caption for caption in said if self._caption_key(caption) not in self.cache]
-        for done, caption in enumerate(missing, 1):
-            self._embedding(caption)
-            progress(done, len(missing), "captions")
+            done = 0
+            for index, tensors in in_order(pixels, missing, self.settings.workers):
+                for geometry, tensor in zip(missing[index], tensors, strict=True):
+                    self._keep_latents(index, geometry, tensor)
+                    done += 1
+                    progress(done, len(names), "pictures")
+
+        abouts = {name: self._about(*where) for name, where in wanted.items()}
+        complete(list(wanted), caches.shelf(self.cache, abouts), make, together)
+
+    def _prepare_texts(self, said: Sequence[str], progress: Progress, together: Together) -> None:
+        wanted = {self._caption_key(caption): caption for caption in said}
+
+        def make(names: Sequence[str]) -> None:
+            for done, name in enumerate(names, 1):
+                self._embedding(wanted[name])
+                progress(done, len(names), "captions")
+
+        abouts = {name: self._about_text(caption) for name, caption in wanted.items()}
+        complete(list(wanted), caches.shelf(self.cache, abouts), make, together)
 
     def _open(self, index: int) -> Image.Image:
         record = self.dataset.records[index]
@@ -250,9 +282,10 @@ class Loader:
     def _encode(self, index: int, pixels: Tensor, hole: Tensor | None = None) -> Tensor:
         """Latents of a cut of a picture; with a hole, what the base is shown of it."""
         key, device = self.dataset.records[index].key, self._base.device
+        height, width = pixels.shape[-2:]
         rows = pixels[None].to(device)
         try:
-            with torch.no_grad():
+            with telling(f"{key} was encoded at {width}x{height} pixels", _NEEDS_LESS), torch.no_grad():
                 found = (
                     self._base.encode_images(rows, None)
                     if hole is None
@@ -261,14 +294,20 @@ class Loader:
         except ModelError as error:  # the base knows rows, not names
             raise DataError(f"{key}: {error}") from error
         latents = found[0].to("cpu", torch.float32)
-        caches.finite_or_name(latents, key, self._base.dtype)
+        caches.finite_or_name(latents, key, self._base.dtype_of("vae"))
         return latents
 
     def _keep_latents(self, index: int, geometry: Geometry, pixels: Tensor) -> Tensor:
         latents = self._encode(index, pixels)
-        about = f"latents of {self.dataset.records[index].key}, {geometry.variant}, by {self._base.name}"
+        about = self._about(index, geometry)
         self.cache.put(self._latent_key(index, geometry), {"latents": latents}, about=about)
         return latents
+
+    def _about(self, index: int, geometry: Geometry) -> str:
+        return f"latents of {self.dataset.records[index].key}, {geometry.variant}, by {self._base.name}"
+
+    def _about_text(self, caption: str) -> str:
+        return f"text embedding of {caption!r}, by {self._base.name}"
 
     def _latents(self, visit: Visit) -> Tensor:
         index, geometry = visit.entry, self.geometry(visit)
@@ -329,14 +368,13 @@ class Loader:
         found = self.cache.get(name)
         if found is not None:
             return caches.to_conditioning(found)
-        with torch.no_grad():
+        with telling(f"the caption {caption!r} was encoded", _NEEDS_LESS), torch.no_grad():
             conditioning = self._base.encode_prompts([caption]).to("cpu")
         for tensor in caches.to_tensors(conditioning).values():
-            caches.finite_or_name(tensor, f"caption {caption!r}", self._base.dtype)
+            caches.finite_or_name(tensor, f"caption {caption!r}", tensor.dtype)
         # where tag orders are not bounded, a folder would grow without end
         if not self.needs_text_encoder:
-            about = f"text embedding of {caption!r}, by {self._base.name}"
-            self.cache.put(name, caches.to_tensors(conditioning), about=about)
+            self.cache.put(name, caches.to_tensors(conditioning), about=self._about_text(caption))
         return conditioning
 
     # -- batches ---------------------------------------------------------------------------------------------
@@ -444,9 +482,10 @@ def still_batches(
     text_embeddings: bool = True,
     cache: Cache | None = None,
     progress: Progress = no_progress,
+    together: Together = ALONE,
 ) -> list[Batch]:
     """Every picture once, cut in the middle, with its first caption in the first template: for the held-out
-    loss. `text_embeddings` as in `Loader`.
+    loss. `text_embeddings` as in `Loader`, `together` as in its `prepare`.
 
     Raises:
         DataError: as `Loader`.
@@ -461,5 +500,5 @@ def still_batches(
         text_embeddings=text_embeddings,
         cache=cache,
     )
-    loader.prepare(progress=progress)
+    loader.prepare(progress=progress, together=together)
     return list(loader.once())

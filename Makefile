@@ -21,7 +21,7 @@ check: setup       ## format, lint, types
 	$(BIN)/mypy src/scumble
 
 test: setup        ## everything that protects the main job
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile  # one thread each: two workers on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile  # one thread each; a third worker, because tests of processes wait
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -139,7 +139,7 @@ class Command:
             os.environ["HF_HUB_CACHE"] = os.environ["HF_DATASETS_CACHE"] = flags.cache_dir
         from importlib.util import find_spec
 
-        from scumble.errors import ScumbleError
+        from scumble.errors import ScumbleError, to_be_printed
 
         def count(data: Values) -> int:
             from scumble.data.settings import DataSettings
@@ -183,7 +183,8 @@ class Command:
                 hub_token=getattr(flags, "hub_token", None),
             )
         except (ScumbleError, Refused) as error:
-            print(f"error: {error}", file=sys.stderr)
+            if to_be_printed(error):
+                print(f"error: {error}", file=sys.stderr)
             return getattr(error, "exit_code", 2)
         return 0
 
@@ -195,7 +196,8 @@ def resume(value: str | None, output: Path) -> str | Path | None:
         return None
     if value == "latest":
         if not any(output.glob("checkpoint-*")):
-            print(f"note: {output} holds no checkpoint yet; a new run starts.", file=sys.stderr)
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(f"note: {output} holds no checkpoint yet; a new run starts.", file=sys.stderr)
             return None
         return "latest"
     given = Path(value)
@@ -395,7 +397,7 @@ def run_flags(*, output: str, batch: int, rate: float, epochs: int, count: Epoch
         Flag("lr_warmup_steps", "Steps of linear warm-up; constant has none.", warmup, int, 500),
         Flag(
             "use_8bit_adam",
-            "AdamW with 8-bit state, from bitsandbytes.",
+            "AdamW with 8-bit state.",
             lambda v, f, w: {"train.optimizer.name": "adamw8bit" if v else "adamw"},
             None,
             False,

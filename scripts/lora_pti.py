@@ -321,7 +321,7 @@ FLAGS: tuple[Flag, ...] = (
         0.0,
     ),
     Flag("weight_decay_lora", "Weight decay of the LoRA.", "train.optimizer.weight_decay", float, 0.001),
-    switch("use_8bit_adam", "AdamW with 8-bit state, from bitsandbytes.", eight_bits, False),
+    switch("use_8bit_adam", "AdamW with 8-bit state.", eight_bits, False),
     Flag("device", "cpu, cuda, cuda:1, mps. Unset: the best there is.", "device", none_or_text),
     refused(
         "extra_args",

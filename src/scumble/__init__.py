@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "train": "scumble.runs.train",
+    "plan": "scumble.runs.outlook",
     "RunConfig": "scumble.runs.config",
     "RunResult": "scumble.runs.train",
     "Session": "scumble.inference.session",
@@ -59,5 +60,6 @@ if TYPE_CHECKING:
     from scumble.inference.session import Session as Session
     from scumble.models.loading import load_base as load_base
     from scumble.runs.config import RunConfig as RunConfig
+    from scumble.runs.outlook import plan as plan
     from scumble.runs.train import RunResult as RunResult
     from scumble.runs.train import train as train

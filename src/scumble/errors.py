@@ -18,7 +18,9 @@
     ├── TrainingError          a run can't go on
     │   ├── Diverged           too many steps in a row with a non-finite loss or gradient
     │   ├── NothingTrained     a trainable tensor got no gradient, or never changed
+    │   ├── ProcessLost        another process of the run is gone, or ended in an error
     │   └── ResumeError        a checkpoint can't continue this run (lists the differences)
+    ├── OutOfMemory            there is too little memory (names what was done, and the settings that need less)
     └── HubError               the Hub refused or could not be reached (names the retry command)
 
 The command line prints `str(error)` and exits with `error.exit_code`; a traceback is only for our own bugs.
@@ -27,6 +29,7 @@ The command line prints `str(error)` and exits with `error.exit_code`; a traceba
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -34,6 +37,8 @@ class ScumbleError(Exception):
     """The root: an error whose text is written for the person who reads it."""
 
     exit_code: int = 2
+    silent: bool | None = None
+    """Whether another process of the run says it to the same person; None: that was not found out."""
 
 
 class ConfigError(ScumbleError):
@@ -114,12 +119,36 @@ class NothingTrained(TrainingError):
     exit_code = 4
 
 
+class ProcessLost(TrainingError):
+    """Another process of the run is gone, or ended in an error."""
+
+    exit_code = 5
+
+
 class ResumeError(TrainingError):
     """A checkpoint can't continue this run."""
 
 
+class OutOfMemory(ScumbleError):
+    """There is too little memory for what was done."""
+
+    exit_code = 6
+
+
 class HubError(ScumbleError):
     """The Hub refused, or could not be reached."""
+
+
+def to_be_printed(error: Exception) -> bool:
+    """Whether this process is the one that prints `error`.
+
+    Of several processes on a machine, which the same command line started, the first says what is wrong with it.
+    """
+    silent = getattr(error, "silent", None)
+    if silent is not None:
+        return not silent
+    of_command = isinstance(error, ConfigError | UnknownName) or not isinstance(error, ScumbleError)
+    return not of_command or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -109,6 +109,7 @@ def test_a_base_is_described_without_its_weights(flux: Path, monkeypatch: pytest
         "scheduler",
     } <= set(lines)
     assert "FluxTransformer2DModel, 0.1 million parameters, F32, 0.4 MiB" in lines["transformer"].found
+    assert "int8" in lines["to train, in int8"].found and "nf4" in lines["to train, in nf4"].found
     assert "rank 16" in lines["to train, least"].found and "bf16" in lines["to draw"].found
 
 

@@ -29,6 +29,7 @@ def test_the_page_is_named_and_the_numbers_are_shown(tmp_path: Path, monkeypatch
     save("sd1", tmp_path / "base")
     file = adapter_file(tmp_path / "fox.safetensors", base_name=str(tmp_path / "base"))
     few = ("--pictures", 2, "--seeds", 1, "--unrelated", 1, "--steps", 1, "--device", "cpu")
+    few = (*few, "--dtypes", "vae=bf16")
     result = run(file, "--subject", "red fox", "--class", "", "--output", tmp_path / "out", *few)
     assert result.stdout.strip() == str(tmp_path / "out" / "evaluation.html")
     assert (tmp_path / "out" / "evaluation.html").is_file() and (

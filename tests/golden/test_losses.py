@@ -6,6 +6,7 @@ When they move on purpose, run `python tests/golden/test_losses.py` from the rep
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tempfile
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 
 from scumble.adapters.lora import LoraSettings
+from scumble.methods.method import METHODS
+from scumble.models import FAMILIES
 from scumble.rng import Streams
 from scumble.training.events import HeldOut, StepDone
 from scumble.training.loop import train
@@ -46,7 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 CASES |= {
     f"text-to-image-{family}": {"family": family, "train": PLAIN}
-    for family in ("sd1-inpainting", "sdxl-inpainting")
+    for family in ("sd1-inpainting", "sd2-inpainting", "sdxl-inpainting")
 }
 PRIOR = {"class_prompt": "a dog", "prior_weight": 0.5}
 CASES |= {
@@ -93,7 +96,8 @@ CASES |= {
 }
 
 CASES |= {
-    f"{name}-sdxl-inpainting": {**CASES[name], "family": "sdxl-inpainting"}
+    f"{name}-{family}": {**CASES[name], "family": family}
+    for family in ("sd2", "sd1-inpainting", "sd2-inpainting", "sdxl-inpainting")
     for name in ("dreambooth-prior-prediction", "textual-inversion", "pivotal-joint", "slider")
 }
 
@@ -156,6 +160,14 @@ def test_the_first_ten_losses_are_where_they_were(case: str, tmp_path: Path) -> 
     assert found.keys() == golden.keys()
     for name, values in golden.items():
         assert found[name] == pytest.approx(values, rel=TOLERANCE, abs=TOLERANCE), name
+
+
+def test_every_base_family_has_a_curve_of_every_method() -> None:
+    mine = [name for name in FAMILIES if FAMILIES.get(name).__module__.startswith("scumble.")]  # no plug-in's
+    methods = [name for name in METHODS if METHODS.get(name).__module__.startswith("scumble.")]
+    found = {(case["family"], case.get("method", "text-to-image")) for case in CASES.values()}
+    assert set(itertools.product(mine, methods)) <= found
+    assert {file.stem for file in HERE.glob("*.json")} == set(CASES)
 
 
 if __name__ == "__main__":

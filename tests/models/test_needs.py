@@ -12,7 +12,7 @@ import torch
 
 from scumble.cli.doctor import base_findings
 from scumble.models import FAMILIES, needs
-from scumble.models.loading import look_at
+from scumble.models.loading import load_base, look_at
 from scumble.models.needs import TRAINED_BYTES, Needs, kept_by, needs_of
 from scumble.models.tiny import save, tiny_t5_tokenizer, tiny_tokenizer
 
@@ -199,3 +199,16 @@ def test_full_size_is_what_the_components_take(
     for name, count in counts.items():
         assert f", {count / 1e6:,.1f} million parameters, BF16, " in lines[name]
     assert f"{t5.name} only while prompts are read" in lines["to train, least"]
+
+
+@pytest.mark.parametrize("code", ["int8", "nf4", "fp8"])
+def test_what_is_held_in_few_bits_is_counted_as_it_is(code: str, tmp_path: Path) -> None:
+    folder = save("sd1", tmp_path / "base")
+    look = look_at(folder)
+    needs = needs_of(look.configs, look.facts, torch.bfloat16, look.tokenizers)
+    real = load_base(folder, dtype=torch.bfloat16, device="cpu", quantization=code).denoiser
+    assert needs.parts[0].held[code] == sum(p.nbytes for p in real.parameters())
+    assert all(not part.held for part in needs.parts[1:])
+    saved = needs.parts[0].size - needs.parts[0].held[code]
+    least, held = (needs.training(checkpointing=True, quantization=one) for one in ("none", code))
+    assert least is not None and held is not None and least - held == saved > 0

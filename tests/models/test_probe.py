@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from scumble.errors import ModelError
-from scumble.models import FAMILIES, load_base
+from scumble.errors import DataError, ModelError
+from scumble.models import FAMILIES, describe_base, load_base
 from scumble.models.family import BaseModel
 from scumble.models.prediction import Velocity
 from scumble.models.probe import Verdict, check_prediction, probe
+from scumble.runs.build import build
+from scumble.runs.load import load
 
 OTHER = {"epsilon": "v_prediction", "v_prediction": "epsilon"}
 
@@ -48,7 +51,9 @@ def answering(base: BaseModel, kind: str, monkeypatch: pytest.MonkeyPatch) -> Ba
         for family, own, kinds in (
             ("sd1", "epsilon", ("epsilon", "v_prediction", "sample")),
             ("sd2", "v_prediction", ("epsilon", "v_prediction", "sample")),
+            ("sdxl", "epsilon", ("epsilon", "v_prediction", "sample")),
             ("sd3", "flow", ("flow", "epsilon", "sample")),
+            ("flux", "flow", ("flow", "epsilon", "sample")),
         )
         for kind in kinds
     ],
@@ -84,6 +89,15 @@ def test_the_embedded_base_predicts_what_it_says_and_is_refused_when_told_otherw
     wrong = load_base("picturebook", device="cpu", prediction=OTHER[own])
     with pytest.raises(ModelError, match=f"taken to predict {OTHER[own]}, and its weights predict {own}"):
         check_prediction(wrong)
+
+
+def test_a_run_is_refused_before_a_picture_is_read(tmp_path: Path) -> None:
+    told = {"base": "picturebook", "data": {"images": str(tmp_path / "none")}, "output": tmp_path / "run"}
+    own = describe_base("picturebook").prediction
+    with pytest.raises(ModelError, match=f"taken to predict {OTHER[own]}, and its weights predict {own}"):
+        build(load(**told, prediction=OTHER[own]), device=torch.device("cpu"))
+    with pytest.raises(DataError, match="none"):
+        build(load(**told), device=torch.device("cpu"))
 
 
 def test_a_near_tie_is_no_contradiction() -> None:

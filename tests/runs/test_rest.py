@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import scumble
 from scumble.cli.doctor import base_findings
@@ -80,7 +81,7 @@ def test_an_adapter_finds_its_base_and_that_base_s_rest(world: Path, result: Any
     assert drawn[0] == drawn[1] == drawn[2]
     with pytest.raises(ModelError, match=r"is not complete\. Missing: the VAE"):
         Session(base, device="cpu")
-    with pytest.raises(ModelError, match="dtype, device and rest are for a base that is loaded here"):
+    with pytest.raises(ModelError, match="device and rest are for a base that is loaded here"):
         Session(load_base(world / "rest", device="cpu"), rest=world / "rest")
 
 
@@ -94,6 +95,30 @@ def test_the_doctor_says_what_is_where(world: Path) -> None:
     assert {line.verdict for line in lines.values()} <= {"ok", "note"}
     assert "in the file (F32)" in lines["transformer"].found and "in the file" not in lines["vae"].found
     assert "rank 16" in lines["to train, least"].found and rest in lines["assumed"].found
+
+
+def test_inspect_compares_with_a_file_and_its_rest(
+    world: Path, result: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, rest = str(world / "transformer.safetensors"), str(world / "rest")
+
+    def inspected(adapter: Path, *told: str) -> tuple[bool, str]:
+        with pytest.raises(SystemExit) as stop:
+            main(["inspect", str(adapter), *told])
+        said = capsys.readouterr()
+        return not stop.value.code, " ".join((said.out + said.err).split())
+
+    fits, said = inspected(result.adapter, "--against", file, "--rest", rest)
+    assert fits and "It was trained on this very base." in said and "0 unused tensors" in said
+    assert inspected(result.adapter, "--against", file) == (fits, said)  # the adapter remembers the rest
+    stranger = tmp_path / "alone.safetensors"  # as another tool writes it
+    save_file(load_file(result.adapter), stranger)
+    fits, said = inspected(stranger, "--against", file)
+    assert not fits and "is not complete. Missing: the VAE" in said
+    fits, said = inspected(stranger, "--against", file, "--rest", rest)
+    assert fits and "the denoiser's outputs move by" in said
+    fits, said = inspected(stranger, "--rest", rest)
+    assert not fits and "--rest has no effect without --against" in said
 
 
 def test_commands_take_the_rest(world: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from scumble.training.optimizers import (
 
 SETTINGS = {
     "adamw": OptimizerSettings(learning_rate=0.01),
+    "adamw8bit": OptimizerSettings(name="adamw8bit", learning_rate=0.01),
     "prodigy": OptimizerSettings(
         name="prodigy", learning_rate=1.0, prodigy=ProdigySettings(bias_correction=True)
     ),
@@ -32,7 +33,7 @@ SETTINGS = {
 
 def parameters(seed: int = 0) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 3), (5,))]
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 1100), (5,))]
 
 
 def give_gradients(tensors: list[nn.Parameter], step: int) -> None:
@@ -140,7 +141,7 @@ def test_a_step_left_out_on_the_device_leaves_weights_and_state() -> None:
     assert not torch.equal(before[0], tensors[0])
 
 
-@pytest.mark.parametrize(("name", "package"), [("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")])
+@pytest.mark.parametrize(("name", "package"), [("prodigy", "prodigyopt")])
 def test_a_missing_package_is_named_with_what_to_do(
     name: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

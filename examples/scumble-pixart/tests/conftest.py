@@ -14,7 +14,7 @@ from scumble.models import FAMILIES
 HERE = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
     site = tmp_path_factory.mktemp("site")

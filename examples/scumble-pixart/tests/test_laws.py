@@ -15,6 +15,7 @@ import scumble
 from scumble.models import FAMILIES, describe_base, load_base
 from scumble.models.family import BaseModel
 from scumble.models.tiny import save
+from tests.laws import test_component_dtypes as dtypes
 from tests.laws.test_base_models import *  # noqa: F403
 from tests.laws.test_base_models import PROMPTS, quiet
 
@@ -65,6 +66,17 @@ def test_a_folder_is_recognised_trained_and_drawn_with(tmp_path: Path) -> None:
         drawn = session.generate(request)[0].image
         bare = scumble.Session(base).generate(request)[0].image
     assert drawn.size == (16, 16) and drawn.tobytes() != bare.tobytes()
+
+
+@pytest.mark.parametrize(
+    "mix", ["texts", *(pytest.param(mix, marks=pytest.mark.slow) for mix in ("vae", "denoiser"))]
+)
+def test_a_dtype_for_each_component(tmp_path: Path, mix: str) -> None:
+    folders = dtypes.Folders(tmp_path)
+    dtypes.test_every_component_has_the_dtype_that_was_asked_for(folders, NAME, mix)
+    dtypes.test_it_draws_the_picture_of_fp32_also_with_an_adapter(folders, NAME, mix, tmp_path)
+    dtypes.test_a_step_trains_with_a_loss_close_to_fp32s(folders, NAME, mix, torch.bfloat16)
+    dtypes.test_a_component_in_fp32_computes_in_it_within_a_step_in_bf16(folders, NAME)
 
 
 def test_a_text_encoder_of_another_width_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from scumble.cli.options import Rest
+from scumble.cli.options import DtypesOf, Rest, parse_dtypes
+from scumble.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,6 @@ OPTIONAL: dict[str, tuple[str, str]] = {
     "tensorboard": ("tensorboard", 'trackers = ["tensorboard"]'),
     "wandb": ("wandb", 'trackers = ["wandb"]'),
     "prodigyopt": ("prodigy", "the optimizer prodigy"),
-    "bitsandbytes": ("bitsandbytes", "the optimizer adamw8bit"),
     "cryptography": ("sign", "scumble sign, and checking signatures"),
     "peft": ("dev", "loading our files with diffusers' own loader"),
 }
@@ -75,15 +75,19 @@ def doctor(
         str | None, typer.Option(help="Variant of the base's weight files, e.g. fp16.")
     ] = None,
     rest: Rest = None,
+    dtypes: DtypesOf = None,
 ) -> None:
     """Check this machine, and name the fix for what is wrong."""
+    if dtypes and base is None:
+        raise ConfigError("--dtypes has no effect without --base: it is about a base's components.")
     from rich.console import Console
     from rich.text import Text
 
     console = Console(highlight=False, soft_wrap=True)
     style = {"ok": "green", "note": "yellow", "failed": "bold red"}
     failed = 0
-    for line in findings() if base is None else base_findings(base, revision, variant, rest):
+    kept = parse_dtypes(dtypes)
+    for line in findings() if base is None else base_findings(base, revision, variant, rest, kept):
         failed += line.verdict == "failed"
         text = Text.assemble((f"{line.verdict:<7}", style[line.verdict]), f"{line.what:<22}{line.found}")
         console.print(text)
@@ -121,11 +125,17 @@ def findings() -> Iterator[Line]:
 
 
 def base_findings(
-    source: str, revision: str | None = None, variant: str | None = None, rest: str | None = None
+    source: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    rest: str | None = None,
+    dtypes: Mapping[str, str] | None = None,
 ) -> Iterator[Line]:
-    """Every line on a base, told from its configs and the headers of its files."""
+    """Every line on a base, told from its configs and the headers of its files. `dtypes`: as for `load_base`, beside
+    bf16 for all others."""
     import torch
 
+    from scumble.models.dtypes import short
     from scumble.models.loading import look_at
     from scumble.models.needs import RANK, needs_of
 
@@ -142,7 +152,7 @@ def base_findings(
         yield Line("ok", "base", f"{facts.name} is {facts.title} ({facts.family}){size}")
         said = facts.prediction or "only its weights can tell: found out when it is loaded"
         yield Line("ok", "prediction", said)
-    found = None if facts.problems else needs_of(configs, facts, torch.bfloat16, look.tokenizers)
+    found = None if facts.problems else needs_of(configs, facts, torch.bfloat16, look.tokenizers, dtypes)
     counted = {part.name: part.parameters for part in found.parts} if found else {}
     for part, config in configs.parts.items():
         folder = configs.elsewhere.get(part, look.folder)
@@ -155,10 +165,16 @@ def base_findings(
         return
     free, where = _free_memory()
     late = [part.name for part in found.parts if part.late]
+    own = {name: short(dtype) for name, dtype in found.dtypes.own.items()}
     without = f", {' and '.join(late)} only while prompts are read" * bool(late)
     for what, needed in {
         "to draw": found.drawing(),
         "to train, least": found.training(checkpointing=True),
+        **{
+            f"to train, in {code}": found.training(checkpointing=True, quantization=code)
+            for code in ("int8", "nf4")
+            if code in found.parts[0].held
+        },
         "to train, fastest": found.training(checkpointing=False),
     }.items():
         if needed is None:
@@ -166,10 +182,12 @@ def base_findings(
             yield Line("note", what, why, "name a base that has one with --rest to be told")
             continue
         how = {
-            "to draw": "all parts in bf16",
+            "to draw": "all parts in bf16" + "".join(f", {name} in {dtype}" for name, dtype in own.items()),
             "to train, least": f"a LoRA of rank {RANK} on attention, one picture at a time{without}, gradient "
             "checkpointing",
-            "to train, fastest": "the same without gradient checkpointing",
+            "to train, in int8": "the same with quantization int8, which rounds little",
+            "to train, in nf4": "the same with quantization nf4, which rounds more",
+            "to train, fastest": "as the least, without gradient checkpointing",
         }[what]
         text = f"{_size(needed)} and more: {how}; {_size(free)} free {where}"
         fix = "" if needed <= free else "a machine with more memory, or a smaller base"

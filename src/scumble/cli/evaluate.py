@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scumble.cli.options import Rest
+from scumble.cli.options import DtypesOf, Rest, parse_dtypes
 
 if TYPE_CHECKING:
     from scumble.evaluation.result import Evaluation, Judged
@@ -52,6 +52,7 @@ def evaluate(
         Path | None, typer.Option("--output", "-o", help="Folder of the page. Unset: evaluation/ in the run.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="no (fp32), bf16 or fp16.")] = "no",
+    dtypes: DtypesOf = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, mps. Unset: the best there is.")
     ] = None,
@@ -79,6 +80,7 @@ def evaluate(
             output=output,
             device=device,
             dtype=dtype,
+            dtypes=parse_dtypes(dtypes),
             progress=told,
         )
     _show(found)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scumble.cli.options import Rest
+from scumble.cli.options import DtypesOf, Offload, Quantization, Rest, parse_dtypes
 from scumble.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,6 +73,9 @@ def generate(
         typer.Option("--allow-partial", help="Use what fits of an adapter when some of its tensors do not."),
     ] = False,
     dtype: Annotated[str, typer.Option(help="no (fp32), bf16 or fp16.")] = "no",
+    dtypes: DtypesOf = None,
+    quantization: Quantization = "none",
+    offload: Offload = "none",
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, mps. Unset: the GPU if there is one.")
     ] = None,
@@ -116,6 +119,9 @@ def generate(
         batch_size=batch,
         allow_partial=allow_partial,
         rest=rest,
+        dtypes=parse_dtypes(dtypes) or None,
+        quantization=quantization,
+        offload=offload,
     ) as session:
         session.size(request)
         _report(session, uses, said)

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from scumble.cli.options import Rest
+from scumble.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -21,18 +24,25 @@ def inspect(
     file: Annotated[Path, typer.Argument(help="A .safetensors file, or a folder that holds one.")],
     against: Annotated[
         str | None,
-        typer.Option(help="A base to check it against: a diffusers folder, a Hub id, or 'picturebook'."),
+        typer.Option(
+            help="A base to check it against: a diffusers folder, a Hub id, a .safetensors checkpoint, or picturebook."
+        ),
     ] = None,
+    rest: Rest = None,
 ) -> None:
     """Say what an adapter file holds."""
     from rich.console import Console
 
     from scumble.formats.inspection import inspect as look
 
+    if rest is not None and against is None:
+        raise ConfigError(
+            "--rest has no effect without --against: it completes the base that is compared with."
+        )
     console = Console(highlight=False, soft_wrap=True)
     _show(console, look(file))
     if against is not None:
-        _compare(console, file, against)
+        _compare(console, file, against, rest)
 
 
 def _show(console: Console, found: Inspection) -> None:
@@ -110,7 +120,7 @@ def _clip(text: str) -> str:
     return line if len(line) <= 200 else line[:197] + "..."
 
 
-def _compare(console: Console, file: Path, against: str) -> None:
+def _compare(console: Console, file: Path, against: str, rest: str | None) -> None:
     """Print how the file fits the base; exit code 1 when a tensor would be left out.
 
     Raises:
@@ -121,9 +131,11 @@ def _compare(console: Console, file: Path, against: str) -> None:
 
     from scumble.adapters import layers_of
     from scumble.formats.codec import read
+    from scumble.inference.find_base import find_rest
     from scumble.models.loading import load_base
 
-    base = load_base(against, dtype=torch.float32, device=torch.device("cpu"))
+    rest = find_rest(file, against) if rest is None else rest
+    base = load_base(against, dtype=torch.float32, device=torch.device("cpu"), rest=rest)
     if base.late:
         base.claim(read(file, allow_partial=True).state.roots)
     found = read(file, layers_of(base.roots, norms=True), allow_partial=True)

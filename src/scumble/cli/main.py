@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from scumble.errors import ScumbleError
+from scumble.errors import ScumbleError, to_be_printed
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("scumble.cli.demo:demo", "See the whole path on the embedded base: offline, in minutes."),
@@ -120,10 +120,12 @@ def main(arguments: list[str] | None = None) -> None:
     except ScumbleError as error:
         if debug:
             raise
-        from rich.console import Console
-        from rich.text import Text
+        if to_be_printed(error):
+            from rich.console import Console
+            from rich.text import Text
 
-        Console(stderr=True, soft_wrap=True, highlight=False).print(Text(f"error: {error}", style="bold red"))
+            text = Text(f"error: {error}", style="bold red")
+            Console(stderr=True, soft_wrap=True, highlight=False).print(text)
         sys.exit(error.exit_code)
 
 

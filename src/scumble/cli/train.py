@@ -29,6 +29,8 @@ FLAGS: dict[str, str] = {
     "optimizer": "train.optimizer.name",
     "schedule": "train.schedule.name",
     "precision": "train.precision",
+    "quantization": "train.quantization",
+    "offload": "train.offload",
     "seed": "train.seed",
     "checkpoint_every": "train.checkpoint_every",
     "prompt": "preview.prompts",
@@ -81,6 +83,12 @@ def train(
         None, help="Side in pixels. Unset: the base's.", rich_help_panel=HOW
     ),
     precision: str | None = typer.Option(None, help="no, bf16 or fp16.", rich_help_panel=HOW),
+    quantization: str | None = typer.Option(
+        None, help="Of the frozen base: none, int8, nf4 or fp8.", rich_help_panel=HOW
+    ),
+    offload: str | None = typer.Option(
+        None, help="blocks: the base's blocks wait in host memory, on a GPU.", rich_help_panel=HOW
+    ),
     seed: int | None = typer.Option(None, help="Of all randomness.", rich_help_panel=HOW),
     cache: Path | None = typer.Option(
         None, help="Folder that keeps encoded pictures between runs.", rich_help_panel=HOW
@@ -165,26 +173,26 @@ def configure(arguments: list[str], flags: dict[str, Any], resume: str | None) -
     return load(file, [text for text in arguments if text not in files], given)
 
 
-def show_plan(config: RunConfig) -> None:
-    """Print what would be trained. Reads every picture, loads the base, trains nothing and writes nothing."""
+def show_plan(config: RunConfig, steps: int | None = None) -> None:
+    """Print what would be trained, how much memory it takes and how long it goes. Reads every picture, does the first
+    steps (`steps` of them), and writes nothing that stays.
+
+    Raises:
+        Exit: with 1, where the run would not fit its memory.
+    """
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
-    from scumble.models.precision import check_precision, dtype_named, find_device
-    from scumble.runs.build import build, check_data
+    from scumble.cli.plan import tables
+    from scumble.runs.outlook import plan as look_ahead
     from scumble.runs.train import progress, say_data
-    from scumble.training.sinks.console import fact
+    from scumble.runs.warmup import STEPS
 
-    device = find_device(config.device)
-    check_precision(dtype_named(config.train.precision), device)
     with progress("checking", quiet=False) as told:
-        _, report = check_data(config, progress=told)
-    if report is not None:
-        say_data(report, lambda text: typer.echo(text, err=True))
-    built = build(config, device=device)
-    table = Table(show_header=False, box=None)
-    for name, value in built.plan.facts.items():
-        table.add_row(Text(str(name), style="bold"), Text(fact(value)))
-    table.add_row(Text("output", style="bold"), Text(str(config.output)))
-    Console(soft_wrap=True).print(table)
+        outlook = look_ahead(config, steps=STEPS if steps is None else steps, progress=told)
+    if outlook.report is not None:
+        say_data(outlook.report, lambda text: typer.echo(text, err=True))
+    console = Console(soft_wrap=True, highlight=False)
+    for part in tables(outlook):
+        console.print(part)
+    if not outlook.fits:
+        raise typer.Exit(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +58,7 @@ def evaluate(
     output: Path | None = None,
     device: str | None = None,
     dtype: str = "no",
+    dtypes: Mapping[str, str] | None = None,
     eye: Eye | None = None,
     progress: Told | None = None,
 ) -> Evaluation:
@@ -74,7 +75,7 @@ def evaluate(
         rest: where a base that is a single file gets what it does not hold (see `load_base`); None asks the settings.
         clip, dino: models that judge real bases: folders or Hub ids in the local cache.
         output: where to write; None is `evaluation/` in the run, or beside the file.
-        device, dtype: of the base, as for Session.
+        device, dtype, dtypes: of the base, as for Session.
         eye: who judges; None finds the picturebook's own judges, or CLIP and DINO.
         progress: told after every picture.
 
@@ -114,6 +115,7 @@ def evaluate(
         variant=config.variant if config and own else None,
         prediction=config.prediction if config and own else None,
         rest=rest or (config.rest if config and own else None),
+        dtypes=dtypes,
     )
     with Session(loaded) as session:
         notes += session.base.notes

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from scumble.adapters import Adapted, Adapter, base_state
 from scumble.adapters.layers import Place, places
+from scumble.adapters.operate import Held, shape_of
 from scumble.adapters.state import LayerPath, Metadata
 from scumble.errors import AdapterError, NoEffect
 from scumble.formats.codec import Read, cross_attention_width, read
@@ -218,7 +219,7 @@ def _names(
 
 def shapes_of(there: Mapping[LayerPath, Place]) -> dict[LayerPath, tuple[int, ...]]:
     """The shape of every layer's weight."""
-    return {path: place.layer.weight.shape for path, place in there.items()}
+    return {path: shape_of(place.layer) for path, place in there.items()}
 
 
 def read_checked(
@@ -300,11 +301,15 @@ def _used(
     weight = next(denoiser.parameters())
     if weight.is_meta:
         return Used(name, family, why="its weights are offloaded")
-    # rounded to bf16 the weights have lost what the fingerprint is made of; a loaded base took it before
-    if weight.dtype in (torch.float16, torch.float32, torch.float64):
+    # rounded to bf16, or held in few bits, the weights have lost what the fingerprint is made of; a loaded base took it
+    # before
+    held = next((part.held_in for part in denoiser.modules() if isinstance(part, Held)), "")
+    if not held and weight.dtype in (torch.float16, torch.float32, torch.float64):
         return Used(name, family, _fingerprint(denoiser))
     if base is not None:
         return Used(name, family, base.fingerprint())
+    if held:
+        return Used(name, family, why=f"they are held in {held}")
     word = str(weight.dtype).removeprefix("torch.")
     return Used(
         name, family, why=f"they are rounded to {word} (load the pipeline in float16 or float32 to compare)"

@@ -17,8 +17,7 @@ from scumble.formats.container import WEIGHTS_NAME, find, read_header
 from scumble.formats.metadata import from_header
 from scumble.formats.tables.bases import TITLES, WIDTHS, told_by
 from scumble.inference.repository import download, file_names
-from scumble.models.hub import is_hub_id
-from scumble.models.loading import PICTUREBOOK
+from scumble.models.hub import PICTUREBOOK, is_hub_id
 
 CARD = "README.md"
 

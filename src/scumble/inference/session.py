@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, TypeAlias, cast
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from scumble.adapters import Adapter
 from scumble.adapters.layers import places
-from scumble.errors import AdapterError, ModelError, PrecisionError
+from scumble.errors import AdapterError, ModelError, OutOfMemory, PrecisionError
 from scumble.inference import attach
 from scumble.inference.canvas import Canvas, canvas_of
 from scumble.inference.drawing import Drawing
@@ -26,6 +28,7 @@ from scumble.inference.request import AdapterUse, Request
 from scumble.inference.schedulers import build_scheduler, suits, unsuitable
 from scumble.models.family import BaseModel
 from scumble.models.loading import load_base
+from scumble.models.shortage import ERRORS, Shortage, recover, shortage_of, telling
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called after every denoising step with (steps done, steps in all), summed over the request's pictures."""
@@ -35,6 +38,8 @@ ADAPTER_BYTES = 4 * 2**30
 
 BLACK = 1.0
 """A picture whose 256 levels have a standard deviation below this shows nothing."""
+
+_LOADED_SMALLER = "What needs less: --dtype bf16, --quantization int8 or nf4, and on a GPU --offload blocks."
 
 _numbers = itertools.count(1)
 
@@ -108,6 +113,9 @@ class Session:
         allow_partial: bool = False,
         adapter_bytes: int = ADAPTER_BYTES,
         rest: str | Path | None = None,
+        dtypes: Mapping[str, str | torch.dtype] | None = None,
+        quantization: str = "none",
+        offload: str = "none",
     ) -> None:
         """
         Args:
@@ -122,6 +130,9 @@ class Session:
                 whatever they take.
             rest: what `load_base` takes, of a base that is loaded here: where a single file gets the components from
                 that it does not hold. None asks the first adapter, where that says the base.
+            dtypes: what `load_base` takes, of a base that is loaded here: component -> a dtype of its own.
+            quantization: what `load_base` takes, of a base that is loaded here: "int8", "fp8", "nf4" or "none".
+            offload: what `load_base` takes, of a base that is loaded here: "blocks" or "none".
 
         Raises:
             ModelError: there is no base, or it can't be loaded.
@@ -129,14 +140,15 @@ class Session:
         """
         uses = [use if isinstance(use, AdapterUse) else AdapterUse(path=Path(use)) for use in adapters]
         if isinstance(base, BaseModel):
-            if dtype is not None or device is not None or rest is not None:
+            told = any(one is not None for one in (dtype, device, rest, dtypes))
+            if told or {quantization, offload} != {"none"}:
                 raise ModelError(
-                    "dtype, device and rest are for a base that is loaded here; this one is loaded already. "
-                    "Leave them out."
+                    "dtype, dtypes, quantization, offload, device and rest are for a base that is loaded here; this "
+                    "one is loaded already. Leave them out."
                 )
             self.base = base
         else:
-            self.base = _load(base, uses, dtype, device, rest)
+            self.base = _load(base, uses, dtype, device, rest, dtypes, quantization, offload)
         self.batch_size = max(1, batch_size)
         self._allow_partial = allow_partial
         self._adapter_bytes = adapter_bytes
@@ -180,6 +192,8 @@ class Session:
             ModelError: the size or the scheduler doesn't suit the base, or it can't paint into a picture.
             ConfigError, DataError: the picture to paint into, or its mask, is missing or can't be used.
             UnknownName: there is no such scheduler.
+            OutOfMemory: there is too little for one picture. Where it is too little for several at once, fewer are
+                drawn at once, and a note of the first says so.
             FormatError, NoEffect, AdapterError: an adapter can't be used. Of several requests, all are looked at
                 before the first is drawn.
         """
@@ -187,13 +201,56 @@ class Session:
         pictures = [picture for one in requests for picture in self._pictures(one)]
         drawings: dict[int, Drawing] = {}
         before, steps = 0, sum(picture.request.steps for picture in pictures)
-        for numbers in self._batches(pictures):
+        waiting, most, noted = deque(self._batches(pictures)), self.batch_size, ""
+        while waiting:
+            numbers = waiting.popleft()
+            if len(numbers) > most:
+                waiting.appendleft(numbers[most:])
+                numbers = numbers[:most]
             batch = [pictures[number] for number in numbers]
             asked = batch[0].request.steps
-            drawn = self._draw(batch, _shared(progress, before, asked, len(batch), steps))
+            drawn = self._tried(batch, _shared(progress, before, asked, len(batch), steps))
+            if isinstance(drawn, Shortage):
+                if len(batch) == 1:
+                    raise OutOfMemory(self._too_large(batch[0].request, drawn))
+                most = len(batch) // 2
+                noted = (
+                    f"There was not enough {drawn.memory} for {len(batch)} pictures at once: they are drawn "
+                    f"{'one by one' if most == 1 else f'{most} at once'}."
+                )
+                waiting.appendleft(numbers)
+                continue
+            if noted:
+                drawn[0], noted = replace(drawn[0], notes=(*drawn[0].notes, noted)), ""
             drawings.update(zip(numbers, drawn, strict=True))
             before += asked * len(batch)
         return [drawings[number] for number in range(len(pictures))]
+
+    def _tried(self, batch: Sequence[_Picture], progress: Progress | None) -> list[Drawing] | Shortage:
+        """Pictures of one kind, or why there is too little memory for so many at once."""
+        try:
+            return self._draw(batch, progress)
+        except ERRORS as error:
+            lack = shortage_of(error)
+            if lack is None:
+                raise
+            recover(error)
+            return lack
+
+    def _too_large(self, request: Request, lack: Shortage) -> str:
+        """What is said where there is too little memory for a single picture."""
+        base = self.base
+        smaller = [f"a smaller size (it is {request.width}x{request.height})"]
+        if base.dtype == torch.float32:
+            smaller.append("--dtype bf16")
+        if base.quantization == "none":
+            smaller.append("--quantization int8")
+        if lack.gpu and base.offloaded is None:
+            smaller.append("--offload blocks")
+        return (
+            f"Out of {lack.memory} while one picture of {request.width}x{request.height} pixels was drawn by "
+            f"{base.name}. {lack} What needs less: {'; '.join(smaller)}."
+        )
 
     def size(self, request: Request) -> tuple[int, int]:
         """(width, height) of a request's pictures in pixels: its own, that of the picture it paints into, or the
@@ -427,7 +484,7 @@ class Session:
                 **into,
             ).images
         except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, ImportError) as error:
-            if suits(type(scheduler), self._own_scheduler):
+            if suits(type(scheduler), self._own_scheduler) or shortage_of(error) is not None:
                 raise
             raise ModelError(unsuitable(type(scheduler).__name__, self._own_scheduler, error)) from error
         return self.base.unpacked(latents, request.width, request.height)
@@ -467,6 +524,10 @@ class Session:
             except ModelError as error:
                 if len(latents) == 1:
                     return [f"The picture is black: the VAE gave NaN. {error}"]
+            except ERRORS as error:
+                if len(latents) == 1 or shortage_of(error) is None:
+                    raise
+                recover(error)  # a picture needs more than its latents: one by one, then
         if len(latents) > 1:
             return [one for row in latents for one in self._pixels(row[None])]
         word = str(self.base.dtype).removeprefix("torch.")
@@ -528,10 +589,16 @@ class Session:
             "base": self.base.name,
             "family": self.base.family,
             "dtype": str(self.base.dtype).removeprefix("torch."),
+            **self._dtypes(),
+            **({"quantization": self.base.quantization} if self.base.quantization != "none" else {}),
             "scheduler": scheduler,
             "adapters": {str(resident.file): resident.sha256 for resident in residents},
             **({} if canvas is None else {"painted into": canvas.sha256}),
         }
+
+    def _dtypes(self) -> dict[str, dict[str, str]]:
+        found = {name: str(dtype).removeprefix("torch.") for name, dtype in self.base.dtypes.items()}
+        return {"dtypes": found} if found else {}
 
 
 def _load(
@@ -540,9 +607,16 @@ def _load(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     rest: str | Path | None,
+    dtypes: Mapping[str, str | torch.dtype] | None,
+    quantization: str,
+    offload: str,
 ) -> BaseModel:
+    load = functools.partial(
+        load_base, dtype=dtype, device=device, dtypes=dtypes, quantization=quantization, offload=offload
+    )
     if base is not None:
-        return load_base(base, dtype=dtype, device=device, rest=rest)
+        with telling(f"{base} was loaded", _LOADED_SMALLER):
+            return load(base, rest=rest)
     if not uses:
         raise ModelError(
             "There is nothing to draw with. Name a base with --base (in Python: Session(base=...)), for "
@@ -551,7 +625,8 @@ def _load(
     name = find_base(uses[0].path)
     try:
         rest = find_rest(uses[0].path, name) if rest is None else rest
-        return load_base(name, dtype=dtype, device=device, rest=rest)
+        with telling(f"{name} was loaded", _LOADED_SMALLER):
+            return load(name, rest=rest)
     except PrecisionError:
         raise
     except ModelError as error:

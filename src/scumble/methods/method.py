@@ -67,7 +67,8 @@ class Ingredients:
     base: BaseModel
     """The frozen base that adapters go into."""
     fresh: Callable[[], BaseModel]
-    """Loads the same base again, untouched: the finished file is proven on it."""
+    """Loads the same base again, untouched: the finished file is proven on it. At the end of a run, which calls it
+    last, `base` may have no weights afterwards."""
     adapter: DeltaSettings
     """Family, rank, alpha, ..."""
     targets: str | Sequence[str]

@@ -112,6 +112,8 @@ class BaseFacts:
     that the base has."""
     guided: bool = False
     """Whether its denoiser is told a guidance scale (Flux.1 dev)."""
+    components: tuple[str, ...] = ()
+    """Those with weights, by name: what can have a dtype of its own."""
     problems: tuple[str, ...] = ()
     """Why it can't be loaded, each as a sentence with the next step; empty when it can."""
     notes: tuple[str, ...] = ()
@@ -140,6 +142,8 @@ class Header:
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     """Tensor name -> (dtype as "F16", shape)."""
     metadata: Mapping[str, str]
+    spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Tensor name -> its first byte in the file, and the one after its last."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -189,7 +193,9 @@ def read_header(path: Path) -> Header:
             f"{path} is cut off: it has {size:,} bytes and its header promises {8 + length + end:,}. "
             f"Download it again."
         )
-    return Header({n: (e["dtype"], tuple(e["shape"])) for n, e in entries.items()}, metadata)
+    start = 8 + length
+    spans = {n: (start + e["data_offsets"][0], start + e["data_offsets"][1]) for n, e in entries.items()}
+    return Header({n: (e["dtype"], tuple(e["shape"])) for n, e in entries.items()}, metadata, spans)
 
 
 def _what_it_looks_like(first: bytes, size: int) -> str:

@@ -14,18 +14,23 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from scumble.adapters.delta import Delta
+from scumble.adapters.tokens import TokenTable
 from scumble.errors import ModelError
+from scumble.models.recompute import blocks_of, recompute, selected
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
     from scumble.models.configs import BaseFacts, Configs
+    from scumble.models.offload import Offload
     from scumble.models.prediction import Prediction
     from scumble.models.vocabulary import Vocabulary
 
@@ -126,6 +131,10 @@ class BaseModel(ABC):
     device: torch.device
     dtype: torch.dtype
     """The denoiser's dtype (compute dtype of frozen weights)."""
+    dtypes: Mapping[str, torch.dtype] = MappingProxyType({})
+    """Component -> its dtype, where one was asked for some component alone; empty where all have `dtype`."""
+    quantization: str = "none"
+    """What the denoiser's blocks are held in: "none" (as they are), "int8", "nf4" or "fp8" (see `models.quantized`)."""
     notes: tuple[str, ...] = ()
     """What was assumed while loading, each as a sentence for the person who loads."""
     guided: bool = False
@@ -139,11 +148,23 @@ class BaseModel(ABC):
     """In how many denoising steps `pipeline()` paints into a picture at least."""
     repeated: ClassVar[tuple[str, ...]] = ()
     """Classes of the denoiser's blocks of which it has many alike, by name: what is compiled once for all of them."""
+    recomputed: ClassVar[tuple[str, ...]] = ()
+    """Classes of the denoiser's blocks that its diffusers class can recompute one by one; empty: those in
+    `repeated`."""
+
+    moved: ClassVar[tuple[str, ...]] = ()
+    """Classes of the denoiser's parts that may wait in host memory, beside those in `recomputed` (or `repeated`)."""
+    offloaded: Offload | None = None
+    """What brings `movable` to the device when they compute (see `models.offload`); None where all is there always."""
 
     @property
     def denoiser(self) -> nn.Module:
         """The UNet or transformer."""
         return next(iter(self.roots.values()))
+
+    def dtype_of(self, component: str) -> torch.dtype:
+        """What the component of that name is kept in and computes in."""
+        return self.dtypes.get(component, self.dtype)
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
@@ -151,10 +172,27 @@ class BaseModel(ABC):
         return tuple(part for part in self.denoiser.modules() if type(part).__name__ in self.repeated)
 
     @property
+    def movable(self) -> tuple[nn.Module, ...]:
+        """The denoiser's parts that can be brought to the device one by one, none inside another."""
+        classes, found = {*(self.recomputed or self.repeated), *self.moved}, dict[nn.Module, None]()
+        inside: set[nn.Module] = set()
+        for part in self.denoiser.modules():
+            if type(part).__name__ in classes and part not in inside:
+                found[part] = None
+                inside.update(part.modules())
+        return tuple(found)
+
+    @property
     def teachable(self) -> tuple[str, ...]:
         """The text encoders, by their names in `roots`, that are adapted where it is only said that the text is to be:
         all of them, unless one is better left alone."""
         return tuple(self.roots)[1:]
+
+    def latent_side(self, most: int) -> int:
+        """Latents along one side of its own pictures, or of the largest that have `most` at most: for questions whose
+        answers do not depend on a picture's size."""
+        least = max(1, self.size_multiple // self.latent_factor)
+        return max(least, min(most, self.resolution // self.latent_factor) // least * least)
 
     @abstractmethod
     def encode_images(self, pixels: Tensor, rng: torch.Generator | None) -> Tensor:
@@ -252,6 +290,23 @@ class BaseModel(ABC):
     def release(self) -> None:  # noqa: B027 - nothing is what most bases do
         """Let go of what can be loaded again when it is needed."""
 
+    def rest(self, *, pictures: bool, text: bool) -> tuple[str, ...]:
+        """From here on, what turns `pictures` into latents and what reads `text` is in memory only while it computes:
+        it comes back when it is asked, and goes with `release`. What trains stays. The names of what is away now."""
+        return ()
+
+    def discard(self) -> None:
+        """Let go of every frozen weight for good: this base computes nothing any more. What was put into it stays."""
+        self.release()
+        if self.offloaded is not None:
+            self.offloaded.discard()
+        modules = [part for module in self.modules().values() for part in module.modules()]
+        kept = {p for part in modules if isinstance(part, Delta | TokenTable) for p in part.parameters()}
+        for part in modules:
+            for parameter in part.parameters(recurse=False):
+                if parameter not in kept:
+                    parameter.data = parameter.data.new_empty(0)
+
     def sparing(self) -> AbstractContextManager[None]:
         """Prompts are read without what would have to be loaded for it, for the length of a `with` block: enough to
         compare two models that differ elsewhere."""
@@ -262,27 +317,34 @@ class BaseModel(ABC):
         """sha256 hex over the denoiser's frozen weights (names, shapes, fp16 bytes): the same for one base
         whatever dtype it was loaded in, and not changed by adapters."""
 
-    def train_memory(self, *, checkpointing: bool) -> None:
-        """Turn gradient checkpointing of the denoiser and the text encoders on or off."""
+    @property
+    def recomputable(self) -> Mapping[str, nn.Module]:
+        """The blocks of the denoiser and the text encoders that can be recomputed one by one: path -> block, e.g.
+        "unet.mid_block.resnets.1"; none where the family says nothing of its denoiser's."""
+        classes = self.recomputed or self.repeated
+        return {
+            path: block
+            for name, root in self.roots.items()
+            if classes
+            for path, block in blocks_of(name, root, classes).items()
+        }
+
+    def train_memory(self, *, checkpointing: bool | Sequence[str]) -> None:
+        """What the denoiser and the text encoders compute again in the backward pass instead of keeping it: all that
+        they can, nothing, or those of `recomputable` that a pattern fits (see `recompute.selected`).
+
+        Raises:
+            ModelError: a pattern fits no block.
+        """
+        if isinstance(checkpointing, bool):
+            for root in self.roots.values():
+                recompute(root, None if checkpointing else ())
+            return
+        blocks = self.recomputable
+        chosen = {blocks[path] for path in selected(checkpointing, blocks, self.name)}
         for root in self.roots.values():
-            name = "enable_gradient_checkpointing" if checkpointing else "disable_gradient_checkpointing"
-            method = getattr(root, name, None)
-            if method is not None:  # diffusers' modules
-                method()
-                continue
-            word = "activation" if hasattr(root, "activation_checkpointing_enable") else "gradient"
-            turned = f"{word}_checkpointing_{'enable' if checkpointing else 'disable'}"
-            if not hasattr(root, turned):
-                continue
-            getattr(root, turned)(*([{"use_reentrant": False}] if checkpointing else []))
-            for layer in root.modules():
-                # transformers checkpoints only layers in training mode; the mode of the layer alone changes
-                # nothing else, because attention and MLP inside it (dropout) stay in eval mode: T5's attention, which
-                # has the switch too, drops by its own mode
-                if hasattr(layer, "gradient_checkpointing") and not isinstance(
-                    getattr(layer, "dropout", None), float
-                ):
-                    layer.training = checkpointing
+            inside = set(root.modules())
+            recompute(root, chosen & inside)
 
 
 @dataclass(frozen=True)
@@ -325,6 +387,14 @@ class Components:
     """What the base says of itself beside its parts, e.g. {"force_zeros_for_empty_prompt": True}."""
     deferred: Mapping[str, Deferred] = field(default_factory=dict)
     """Those of the parts that are loaded later (see `BaseFacts.deferred`)."""
+    again: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
+    """Of some of `modules`, what loads it anew as it was loaded."""
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    """Component -> the dtype that was asked for it alone."""
+
+    def dtype_of(self, component: str, dtype: torch.dtype) -> torch.dtype:
+        """What `component` is to be kept in: its own dtype, else `dtype`, that of all."""
+        return self.dtypes.get(component, dtype)
 
 
 class Family(Protocol):
@@ -348,7 +418,8 @@ class Family(Protocol):
         """The facts of a base that this family recognises, with every reason why it can't be loaded."""
 
     def load(self, source: Components, *, dtype: torch.dtype, device: torch.device) -> BaseModel:
-        """Build a BaseModel from loaded components (see `models.loading`)."""
+        """Build a BaseModel from loaded components (see `models.loading`). `dtype` is that of every component for which
+        `source.dtypes` has no other."""
 
     def tiny(self, seed: int = 0) -> BaseModel:
         """The same classes in toy sizes from a seed, no files: for tests."""
@@ -356,10 +427,26 @@ class Family(Protocol):
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over names, shapes and fp16 bytes, in sorted order of names."""
-    digest = hashlib.sha256()
+    whole = Fingerprint()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().to("cpu", torch.float16).contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        whole.add(name, tensors[name])
+    return whole.hex()
+
+
+class Fingerprint:
+    """`fingerprint` of tensors that are seen one at a time, in sorted order of names."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """The next one."""
+        tensor = tensor.detach().to("cpu", torch.float16).contiguous()
+        self._digest.update(f"{name}{tuple(tensor.shape)}".encode())
         if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+            content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+            self._digest.update(content)
+
+    def hex(self) -> str:
+        """Of all that were added."""
+        return self._digest.hexdigest()

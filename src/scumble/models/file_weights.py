@@ -41,7 +41,7 @@ def prepare_part(
     Raises:
         ModelError: a tensor is not there, or of another shape than the config says.
     """
-    first = _empty(cls, config, base)
+    first = unfilled(cls, config, base)
     # transformers 5 has no such level in `CLIPTextModel`, and files do
     strip = "" if any(name.startswith(CLASSIC) for name in first.state_dict()) else CLASSIC
     named = {name.removeprefix(strip): mark for name, mark in marks.items()}
@@ -51,7 +51,7 @@ def prepare_part(
     def load() -> nn.Module:
         from safetensors import safe_open
 
-        module = unused.pop() if unused else _empty(cls, config, base)
+        module = unused.pop() if unused else unfilled(cls, config, base)
         with safe_open(path, framework="pt") as file:
             state = {name: _rounded(name, read_mark(file, mark), dtype) for name, mark in named.items()}
         stored = next(iter(state.values())).dtype
@@ -60,9 +60,9 @@ def prepare_part(
         tie = getattr(module, "tie_weights", None)
         if tie is not None:
             tie()
-        empty = [name for name, one in (*module.named_parameters(), *module.named_buffers()) if one.is_meta]
-        if empty:
-            raise ModelError(_lacks(base, cls.__name__, empty))
+        blank = [name for name, one in (*module.named_parameters(), *module.named_buffers()) if one.is_meta]
+        if blank:
+            raise ModelError(_lacks(base, cls.__name__, blank))
         return module.eval()
 
     return load
@@ -76,7 +76,7 @@ def read_mark(file: Any, mark: Mark) -> Tensor:
     return (rows.T if mark.turned else rows).reshape(mark.shape).contiguous()
 
 
-def _empty(cls: Any, config: Mapping[str, Any], base: str) -> nn.Module:
+def unfilled(cls: Any, config: Mapping[str, Any], base: str) -> nn.Module:
     """The module with parameters on the meta device, and what it computes of its config in place."""
     import diffusers
     from accelerate import init_empty_weights

@@ -50,23 +50,23 @@ class FlowBase(LatentBase):
         """`parts` hold "transformer", "vae", the CLIPs, their tokenizers, and T5 and its own, perhaps `deferred`;
         modules are moved to `device` and frozen in place.
 
-        `dtype` is that of the transformer and the text encoders, but for T5's layers `wo`, which overflow in fp16 and
-        stay fp32 then. The VAE has it too, except that fp16 on a CPU is fp32 there.
+        `dtype` is that of every component for which `parts.dtypes` has no other, but for T5's layers `wo`, which
+        overflow in fp16 and stay fp32 then, and a VAE, which has fp32 for fp16 on a CPU.
 
         Raises:
             ModelError: a tokenizer knows more tokens than its text encoder.
         """
-        self._open(parts, family=self.family, dtype=dtype, device=device)
+        self._open(parts, denoiser="transformer", family=self.family, dtype=dtype, device=device)
         modules: Mapping[str, Any] = parts.modules
         self.transformer = modules["transformer"]
         self.clips = {root: modules[root] for root in self.clip_words}
         name, words = self.t5_parts
         self._t5: Any = modules.get(name)
         self._t5_later = parts.deferred.get(name)
-        self._t5_mark = ""
+        self._t5_mark, self._t5_dtype = "", parts.dtype_of(name, dtype)
         self._claimed = self._spared = False
-        for module in (self.transformer, *self.clips.values()):
-            self._settle(module, dtype)
+        for root, module in {"transformer": self.transformer, **self.clips}.items():
+            self._settle(module, parts.dtype_of(root, dtype))
         self.resolution, self.size_multiple = self.sizes(self.transformer.config, self.vae.config)
         self.readings = {
             root: Words(parts.tokenizers[read], self.clips[root].config.max_position_embeddings)
@@ -93,7 +93,7 @@ class FlowBase(LatentBase):
     def _take_t5(self) -> None:
         assert self.t5_reading is not None
         self._refuse_strangers(self.t5_parts[1], self.t5_reading.tokenizer, self._t5)
-        self._settle_t5(self._t5)
+        self._settle_t5(self._t5, self._t5_dtype)
 
     @property
     def t5(self) -> Any:
@@ -117,6 +117,7 @@ class FlowBase(LatentBase):
 
     def modules(self) -> Mapping[str, nn.Module]:
         """See BaseModel: T5 is among them where it is not one of `waiting`."""
+        self._wake()
         own = {} if self._t5 is None or self._t5_later is not None else {self.t5_parts[0]: self._t5}
         return {"transformer": self.transformer, **self.clips, "vae": self.vae, **own}
 
@@ -128,7 +129,8 @@ class FlowBase(LatentBase):
         return {self.t5_parts[0]: self._t5_mark}
 
     def release(self) -> None:
-        """See BaseModel: lets go of T5, unless something hangs in it."""
+        """See BaseModel: lets go of T5, unless something hangs in it, and of what `rest` was told of."""
+        super().release()
         if self._t5 is None or self._t5_later is None or self._claimed:
             return
         if not any(isinstance(module, Adapted | TokenTable) for module in self._t5.modules()):
@@ -149,8 +151,10 @@ class FlowBase(LatentBase):
         if self.t5_reading is None or self._spared:
             width, dtype = self.transformer.config.joint_attention_dim, self.clips["text_encoder"].dtype
             return torch.zeros(len(prompts), self.t5_window, width, device=self.device, dtype=dtype)
+        name = self.t5_parts[0]
+        self._check_compute(name)
         ids, _ = self.t5_reading.ids(prompts)
-        with self._graph_of(self.t5):
+        with self._graph_of(self.t5), self._computing(name):
             said: Tensor = self.t5(ids.to(self.device))[0]
         return said.to(self.t5.dtype)
 

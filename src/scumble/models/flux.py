@@ -14,7 +14,7 @@ What the presets mean here (`adapters.targets`), of 19 double and 38 single bloc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -122,11 +122,11 @@ class FluxBase(FlowBase):
 
         The graph is recorded only where a parameter of the text encoder requires a gradient.
         """
-        self._check_compute()
+        self._check_compute(CLIP)
         clip = self.clips[CLIP]
         ids, _ = self.readings[CLIP].ids(prompts)
         tokens = self._read_by_t5(prompts)
-        with self._graph_of(clip):
+        with self._graph_of(clip), self._computing(CLIP):
             pooled: Tensor = clip(ids.to(self.device)).pooler_output
         return Conditioning(tokens, pooled.to(clip.dtype))
 
@@ -141,7 +141,7 @@ class FluxBase(FlowBase):
     def denoise(self, latents: Tensor, t: Tensor, conditioning: Conditioning, frame: Frame) -> Tensor:
         """See BaseModel: (B, C, h, w), t (B,) in [0, 1] -> (B, C, h, w) fp32. The transformer is told no `frame`, and
         dev a guidance: `conditioning.guidance`, else `GUIDANCE`."""
-        self._check_compute()
+        self._check_compute("transformer")
         assert conditioning.pooled is not None
         height, width = latents.shape[-2:]
         guidance: Tensor | None = None
@@ -151,16 +151,17 @@ class FluxBase(FlowBase):
                 self.device, torch.float32
             )
         tokens = conditioning.tokens.to(self.device, self.dtype)
-        out: Tensor = self.transformer(
-            hidden_states=pack(latents.to(self.device, self.dtype)),
-            timestep=t.to(self.device),
-            guidance=guidance,
-            pooled_projections=conditioning.pooled.to(self.device, self.dtype),
-            encoder_hidden_states=tokens,
-            txt_ids=torch.zeros(tokens.shape[1], 3, device=self.device, dtype=self.dtype),
-            img_ids=places(height, width).to(self.device, self.dtype),
-            return_dict=False,
-        )[0]
+        with self._computing("transformer"):
+            out: Tensor = self.transformer(
+                hidden_states=pack(latents.to(self.device, self.dtype)),
+                timestep=t.to(self.device),
+                guidance=guidance,
+                pooled_projections=conditioning.pooled.to(self.device, self.dtype),
+                encoder_hidden_states=tokens,
+                txt_ids=torch.zeros(tokens.shape[1], 3, device=self.device, dtype=self.dtype),
+                img_ids=places(height, width).to(self.device, self.dtype),
+                return_dict=False,
+            )[0]
         return unpack(out, height, width).float()
 
     def asked(
@@ -187,7 +188,7 @@ class FluxBase(FlowBase):
         """A FluxPipeline over these very modules, with a fresh copy of the base's own scheduler."""
         from diffusers import FluxPipeline
 
-        return FluxPipeline(
+        pipeline = FluxPipeline(
             transformer=self.transformer,
             vae=self.vae,
             text_encoder=self.clips[CLIP],
@@ -196,6 +197,7 @@ class FluxBase(FlowBase):
             tokenizer_2=self.words.tokenizer,
             scheduler=type(self.scheduler).from_config(self.scheduler.config),
         )
+        return cast("FluxPipeline", self._agreed(pipeline))
 
 
 class Flux(FlowFamily):

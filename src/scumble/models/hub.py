@@ -13,6 +13,9 @@ from scumble.models.configs import STEMS, WEIGHTLESS, Configs
 CONFIG_FILES = ["model_index.json", "*/*.json", "tokenizer*/*.txt"]
 """Configs and vocabularies: about 2 MB."""
 
+PICTUREBOOK = "picturebook"
+"""The source that means the base inside this package."""
+
 
 def is_hub_id(source: str) -> bool:
     """Whether it has the form of a Hub id, "owner/name"."""

@@ -21,6 +21,7 @@ from torch import nn
 
 from scumble.errors import ModelError, did_you_mean
 from scumble.models import FAMILIES, hub
+from scumble.models.codes import NONE, code_named
 from scumble.models.configs import (
     OTHER_ARCHITECTURES,
     WEIGHTLESS,
@@ -31,17 +32,19 @@ from scumble.models.configs import (
     read_header,
     weight_files,
 )
+from scumble.models.dtypes import Dtypes, check_kept, own_dtypes
 from scumble.models.family import BaseModel, Components, Deferred, Frame, fingerprint
 from scumble.models.file_layout import FileLayout, layout_of, phrases, unread
 from scumble.models.file_weights import prepare_part
+from scumble.models.hub import PICTUREBOOK
 from scumble.models.marks import Mark
+from scumble.models.offload import park, refuse_offload
 from scumble.models.precision import PRECISIONS, check_precision, find_device
 from scumble.models.prediction import Flow
+from scumble.models.quantized import quantize, said_of
 from scumble.models.single_file import default_side, read_checkpoint, write_configs
+from scumble.models.streaming import stream
 from scumble.rng import Streams
-
-PICTUREBOOK = "picturebook"
-"""The source that means the base inside this package."""
 
 CACHED_TOKENIZERS: tuple[tuple[str, str], ...] = (
     ("openai/clip-vit-large-patch14", ""),
@@ -151,14 +154,17 @@ def load_base(
     tokenizer: str | Path | None = None,
     prediction: str | None = None,
     rest: str | Path | None = None,
+    dtypes: Mapping[str, str | torch.dtype] | None = None,
+    quantization: str = NONE,
+    offload: str = NONE,
 ) -> BaseModel:
     """A frozen base, ready to train on and to draw with.
 
     Args:
         source: "picturebook" (the base inside this package), a Hub id "owner/name", a folder in diffusers'
             layout, or a single .safetensors checkpoint. "./owner/name" is a folder called like a Hub id.
-        dtype: of UNet and text encoder: fp32 (None), fp16 or bf16. fp16 on a CPU is for storing, not for
-            computing.
+        dtype: of every component: fp32 (None), fp16 or bf16. fp16 on a CPU is for storing, not for
+            computing; a VAE is fp32 then.
         device: None takes the first GPU that torch sees, else the CPU.
         revision: branch, tag or commit of a Hub id.
         variant: the middle word of the weight files, e.g. "fp16".
@@ -168,22 +174,37 @@ def load_base(
         rest: a folder in diffusers' layout, or a Hub id, from which a single checkpoint takes the components that it
             doesn't hold: text encoders, VAE, tokenizers. None is the folder that the checkpoint lies in, where that
             is such a base. `revision` and `variant` are of it then.
+        dtypes: component -> a dtype of its own, e.g. {"vae": torch.float32, "text_encoder": "bf16"}. It is kept in
+            that and computes in it, whatever the others have.
+        quantization: what the weights in the denoiser's blocks are held in: "int8", "fp8" (about 1 byte each), "nf4"
+            (half a byte), or "none". They are read in the denoiser's dtype. The base is the same base, with the same
+            fingerprint, and answers a little differently; adapters train on it and act on it as on any.
+        offload: "blocks" keeps the denoiser's blocks in host memory, and sends each to the GPU when it computes;
+            "none" has all of it there.
 
     Raises:
         ModelError: there is no such base, its parts don't belong together, or it is of a family that this
-            release doesn't train; one message, with the next step.
-        PrecisionError: the GPU can't compute in `dtype`; raised before anything is loaded.
+            release doesn't train; one message, with the next step. Or `dtypes` names a component that it has not.
+        UnknownName: `dtypes` names a dtype that there is not, or there is no such quantization or offload.
+        PrecisionError: the GPU can't compute in `dtype`, or one of `dtypes`; raised before anything is loaded.
     """
     where = find_device(device)
     dtype = torch.float32 if dtype is None else dtype
     if where.type != "cpu" or dtype not in PRECISIONS.values():
         check_precision(dtype, where)
+    refuse_offload(offload, where)
     found = _find(source, revision, variant, rest)
     facts = _describe(found.configs)
     if facts.problems:
         raise ModelError("\n".join(facts.problems))
-    parts = found.load(dtype, tokenizer)
-    parts = dataclasses.replace(parts, notes=(*facts.notes, *parts.notes))
+    code_named(quantization)
+    kept = Dtypes(dtype, own_dtypes(dtypes, facts.components, facts.name), quantization)
+    for each in kept.own.values():
+        if where.type != "cpu":
+            check_precision(each, where)
+    computes, where = where, where if offload == NONE else torch.device("cpu")
+    parts = found.load(kept, tokenizer)
+    parts = dataclasses.replace(parts, notes=(*facts.notes, *parts.notes), dtypes=kept.own)
     family = FAMILIES.get(facts.family)
     if (
         prediction is not None
@@ -200,13 +221,30 @@ def load_base(
             parts, prediction, f"Taken to predict {prediction}, as asked; its configs say {said}."
         )
     elif found.configs.probe:
-        storing_only = dtype == torch.float16 and where.type == "cpu"
-        probed = family.load(parts, dtype=torch.float32 if storing_only else dtype, device=where)
+        storing_only = torch.float16 in kept.used and where.type == "cpu"
+        probed = (
+            family.load(dataclasses.replace(parts, dtypes={}), dtype=torch.float32, device=where)
+            if storing_only
+            else family.load(parts, dtype=dtype, device=where)
+        )
         parts = _predicting(parts, *probe_prediction(probed))
     if found.configs.probe:  # a checkpoint says its size as little as its prediction
         unet: Any = parts.modules["unet"]
         unet.register_to_config(sample_size=default_side(unet.config, parts.scheduler.config.prediction_type))
-    return family.load(parts, dtype=dtype, device=where)
+    base = family.load(parts, dtype=dtype, device=where)
+    if quantization != NONE:
+        base.quantization = quantization
+        base.notes = (*base.notes, said_of(base.denoiser))
+    if kept.own:
+        check_kept(base.modules(), kept.own, base.name)
+    if offload != NONE:
+        park(base, computes)
+    return base
+
+
+def weighty(configs: Configs) -> tuple[str, ...]:
+    """Its components that have weights, by name."""
+    return tuple(part for part in configs.parts if not part.startswith(WEIGHTLESS))
 
 
 def _predicting(parts: Components, kind: str, note: str) -> Components:
@@ -242,7 +280,7 @@ def _describe(configs: Configs) -> BaseFacts:
             "A plug-in's `recognises` is too wide: uninstall it, or tell its author."
         )
     if claimed:
-        return FAMILIES.get(claimed[0]).describe(configs)
+        return dataclasses.replace(FAMILIES.get(claimed[0]).describe(configs), components=weighty(configs))
     title = architecture(configs)
     refusal = f"{configs.name} is {title}; this release trains {', '.join(FAMILIES.names())}."
     if not configs.parts and any(family.title.startswith(title) for _, family in FAMILIES.working()):
@@ -258,8 +296,8 @@ class _Found:
     """A base that is there: what its configs say, and how its weights are had."""
 
     configs: Configs
-    load: Callable[[torch.dtype, str | Path | None], Components]
-    """(dtype, tokenizer folder) -> its parts"""
+    load: Callable[[Dtypes, str | Path | None], Components]
+    """(dtypes, tokenizer folder) -> its parts"""
     folder: Path | None = None
     """Where its configs and vocabularies lie; None for a single checkpoint."""
 
@@ -292,20 +330,22 @@ def _find(
     configs_at = hub.download_configs(text, revision)
     configs = read_folder(configs_at, text, variant, weights=False)
 
-    def load(dtype: torch.dtype, words: str | Path | None) -> Components:
+    def load(dtypes: Dtypes, words: str | Path | None) -> Components:
         folder = hub.download_weights(text, revision, variant, configs)
         found = _found_folder(folder, text, variant)
         facts = _describe(found.configs)
         if facts.problems:  # the repository has no .safetensors of this variant, or the cache is not complete
             raise ModelError("\n".join(facts.problems))
-        return found.load(dtype, words)
+        return found.load(dtypes, words)
 
     return _Found(configs, load, configs_at)
 
 
 def _found_folder(folder: Path, name: str, variant: str | None) -> _Found:
     configs = read_folder(folder, name, variant)
-    return _Found(configs, lambda dtype, words: _load_folder(folder, configs, dtype, variant, words), folder)
+    return _Found(
+        configs, lambda dtypes, words: _load_folder(folder, configs, dtypes, variant, words), folder
+    )
 
 
 def _found_file(
@@ -316,7 +356,7 @@ def _found_file(
     if lender is None:
         _no_effect(name, "it is a file on this machine", revision=revision, variant=variant)
     configs = own if lender is None else _completed(own, lender)
-    return _Found(configs, lambda dtype, words: _load_file(path, own, configs, dtype, words, lender))
+    return _Found(configs, lambda dtypes, words: _load_file(path, own, configs, dtypes, words, lender))
 
 
 @dataclass(frozen=True)
@@ -421,7 +461,7 @@ def _no_such_path(path: Path, text: str) -> str:
 
 
 def _load_folder(
-    folder: Path, configs: Configs, dtype: torch.dtype, variant: str | None, words: str | Path | None
+    folder: Path, configs: Configs, dtypes: Dtypes, variant: str | None, words: str | Path | None
 ) -> Components:
     if words is not None:
         _no_effect(configs.name, "it has its own", tokenizer=str(words))
@@ -435,8 +475,7 @@ def _load_folder(
         cls = _class(kind, configs.name)  # of every component, before the first weight is read
         if part.startswith("scheduler"):
             scheduler = cls.from_config(dict(config))
-    weighty = [part for part in configs.parts if not part.startswith(WEIGHTLESS)]
-    loaded = _load_parts(weighty, folder, configs, dtype, variant, configs.name)
+    loaded = _load_parts(weighty(configs), folder, configs, dtypes, variant, configs.name)
     return _components(configs, loaded, tokenizers, scheduler)
 
 
@@ -450,10 +489,12 @@ class _Loaded:
     notes: list[str] = field(default_factory=list)
     mark: str = ""
     """See `_mark`."""
+    again: dict[str, Callable[[], nn.Module]] = field(default_factory=dict)
+    """See `Components.again`."""
 
 
 def _load_parts(
-    parts: Sequence[str], folder: Path, configs: Configs, dtype: torch.dtype, variant: str | None, base: str
+    parts: Sequence[str], folder: Path, configs: Configs, dtypes: Dtypes, variant: str | None, base: str
 ) -> _Loaded:
     """These components of a folder in diffusers' layout, which is called `base`."""
     loaded = _Loaded()
@@ -461,18 +502,37 @@ def _load_parts(
     with _quiet():
         for part in parts:
             cls = _class(str(configs.parts[part]["_class_name"]), base)
+            files, _ = weight_files(folder / part, variant)
             if part in later:
-                files, _ = weight_files(folder / part, variant)
-                load = functools.partial(_load_later, cls, folder / part, dtype, variant, base)
+                load = functools.partial(_load_later, cls, folder / part, dtypes.of(part), variant, base)
                 loaded.deferred[part] = Deferred(load, (folder / part / "config.json", *files))
                 continue
-            loaded.modules[part], unused = _load_part(
-                cls, folder / part, _load_dtype(part, dtype), variant, base
+            slim = dtypes.of(part) == torch.bfloat16 or dtypes.quantization != NONE
+            if part in DENOISERS and slim and (streamed := _streamed(part, files, configs, dtypes, base)):
+                loaded.modules[part], loaded.mark = streamed
+                continue
+            load_again = functools.partial(
+                _load_later, cls, folder / part, _load_dtype(part, dtypes.of(part), files), variant, base
             )
+            loaded.modules[part], unused = load_again()
+            loaded.again[part] = functools.partial(_alone, load_again)
             loaded.notes.extend(unused)
             if part in DENOISERS:
-                loaded.mark = _mark(loaded.modules[part], dtype)
+                loaded.mark = _mark(loaded.modules[part], dtypes.of(part), dtypes.quantization)
     return loaded
+
+
+def _streamed(
+    part: str, files: Sequence[Path], configs: Configs, dtypes: Dtypes, base: str
+) -> tuple[nn.Module, str] | None:
+    """A denoiser and its fingerprint, without a second copy of it on the way; None where that can't be."""
+    import diffusers
+
+    config = configs.parts[part]
+    cls = _class(str(config["_class_name"]), base)
+    if not issubclass(cls, diffusers.ModelMixin):
+        return None
+    return stream(cls, config, files, dtype=dtypes.of(part), quantization=dtypes.quantization, base=base)
 
 
 def _components(
@@ -487,6 +547,7 @@ def _components(
         tuple(loaded.notes),
         options=configs.options,
         deferred=loaded.deferred,
+        again=loaded.again,
     )
 
 
@@ -497,18 +558,28 @@ def _load_later(
         return _load_part(cls, folder, dtype, variant, base)
 
 
-def _load_dtype(part: str, dtype: torch.dtype) -> torch.dtype:
-    # bf16 is rounded after the fingerprint is taken; the VAE computes in fp32 on a CPU, so that it is not
-    # rounded first
-    return torch.float32 if dtype == torch.bfloat16 or part.startswith("vae") else dtype
+def _alone(load: Callable[[], tuple[nn.Module, list[str]]]) -> nn.Module:
+    module, _ = load()
+    return module
 
 
-def _mark(denoiser: nn.Module, dtype: torch.dtype) -> str:
-    """The fingerprint, where `dtype` keeps less of a weight than the fp16 that it is made of. Rounds to
-    `dtype`."""
-    if dtype != torch.bfloat16:
+def _load_dtype(part: str, dtype: torch.dtype, files: Sequence[Path]) -> torch.dtype:
+    """What a component is read in, before it is rounded to `dtype`."""
+    if part.startswith("vae"):  # it computes in fp32 on a CPU, so that it is not rounded to fp16 first
+        return torch.float32 if dtype == torch.float16 else dtype
+    if part in DENOISERS and dtype == torch.bfloat16:  # which is rounded after the fingerprint is taken
+        stored = {kind for file in files for kind, _ in read_header(file).tensors.values()}
+        return STORED.get(stored.pop(), torch.float32) if len(stored) == 1 else torch.float32
+    return dtype
+
+
+def _mark(denoiser: nn.Module, dtype: torch.dtype, quantization: str) -> str:
+    """The fingerprint, where `dtype` or the quantization keeps less of a weight than the fp16 that it is made of.
+    Rounds to them."""
+    if dtype != torch.bfloat16 and quantization == NONE:
         return ""
     mark = fingerprint(denoiser.state_dict())
+    quantize(denoiser, quantization, dtype)
     nn.Module.to(denoiser, dtype)
     return mark
 
@@ -570,7 +641,7 @@ def _load_file(
     path: Path,
     own: Configs,
     configs: Configs,
-    dtype: torch.dtype,
+    dtypes: Dtypes,
     words: str | Path | None,
     rest: _Rest | None,
 ) -> Components:
@@ -587,7 +658,7 @@ def _load_file(
             tokenizers[part].pad_token = padding
     scheduler_config = dict(configs.parts["scheduler"])
     scheduler = _class(scheduler_config["_class_name"], configs.name).from_config(scheduler_config)
-    loaded = _load_rest(configs, rest, dtype)
+    loaded = _load_rest(configs, rest, dtypes)
     shapes = read_header(path).shapes
     layout = layout_of(shapes)
     if layout is None:
@@ -596,14 +667,18 @@ def _load_file(
         later = _describe(configs).deferred
         marks = layout.marks(shapes, configs.name)
         loaded.notes += unread(shapes, marks)
-        loads = _prepared(layout, path, configs, marks, dtype)
+        loads = _prepared(layout, path, configs, marks, dtypes)
         for part, load in loads.items():
             if part in later:
                 loaded.deferred[part] = Deferred(functools.partial(_loaded_later, load), (path,))
             else:
-                loaded.modules[part] = load()
-    # weights come as they are stored, and are rounded to `dtype` after the fingerprint is taken
-    loaded.mark = next(_mark(loaded.modules[part], dtype) for part in DENOISERS if part in loaded.modules)
+                loaded.modules[part], loaded.again[part] = load(), load
+    # weights come as they are stored, and are rounded to their dtype after the fingerprint is taken
+    loaded.mark = next(
+        _mark(loaded.modules[part], dtypes.of(part), dtypes.quantization)
+        for part in DENOISERS
+        if part in loaded.modules
+    )
     return _components(configs, loaded, tokenizers, scheduler)
 
 
@@ -612,16 +687,16 @@ def _loaded_later(load: Callable[[], nn.Module]) -> tuple[nn.Module, Sequence[st
         return load(), ()
 
 
-def _load_rest(configs: Configs, rest: _Rest | None, dtype: torch.dtype) -> _Loaded:
+def _load_rest(configs: Configs, rest: _Rest | None, dtypes: Dtypes) -> _Loaded:
     """The components that come from another base."""
-    weighty = [part for part in configs.elsewhere if not part.startswith(WEIGHTLESS)]
-    if rest is None or not weighty:
+    lent = [part for part in configs.elsewhere if not part.startswith(WEIGHTLESS)]
+    if rest is None or not lent:
         return _Loaded()
     folder = rest.fetch()
-    whole = read_folder(folder, rest.configs.name, rest.variant, only=weighty)
+    whole = read_folder(folder, rest.configs.name, rest.variant, only=lent)
     if whole.missing:  # the repository has no .safetensors of this variant, or the cache is not complete
         raise ModelError(f"{rest.configs.name} is not complete. Missing: {'; '.join(whole.missing)}.")
-    return _load_parts(weighty, folder, configs, dtype, rest.variant, rest.configs.name)
+    return _load_parts(lent, folder, configs, dtypes, rest.variant, rest.configs.name)
 
 
 def _prepared(
@@ -629,14 +704,14 @@ def _prepared(
     path: Path,
     configs: Configs,
     marks: Mapping[str, Mapping[str, Mark]],
-    dtype: torch.dtype,
+    dtypes: Dtypes,
 ) -> dict[str, Callable[[], nn.Module]]:
     """Component that a file holds -> what loads it. Every one is checked before the first is loaded."""
     found = {}
     for part in layout.parts:
         if part.name not in marks:
             continue
-        config = configs.parts[part.name]
+        config, dtype = configs.parts[part.name], dtypes.of(part.name)
         wanted: torch.dtype | None = torch.float32 if part.name.startswith("vae") else dtype
         if part is layout.parts[0] and dtype == torch.bfloat16:  # the fingerprint is of what is stored
             wanted = None
@@ -687,8 +762,7 @@ def _load_by_pipeline(
             raise ModelError(
                 f"{configs.name} can't be loaded by diffusers' single-file loader: {error}"
             ) from error
-    weighty = [part for part in configs.parts if not part.startswith(WEIGHTLESS)]
-    modules: dict[str, nn.Module] = {part: getattr(pipeline, part) for part in weighty}
+    modules: dict[str, nn.Module] = {part: getattr(pipeline, part) for part in weighty(configs)}
     lack = [f"{part}.{n}" for part, m in modules.items() for n, p in m.named_parameters() if p.is_meta]
     if lack:
         raise ModelError(
@@ -699,6 +773,9 @@ def _load_by_pipeline(
 
 
 DENOISERS = ("unet", "transformer")
+
+STORED = {"F16": torch.float16, "BF16": torch.bfloat16}
+"""Narrow dtypes as files spell them: what is stored in one is not widened on its way in."""
 """What a base's denoiser is called."""
 
 CLIP_WORDS = "CLIPTokenizer"

@@ -6,6 +6,7 @@ one training step is played through to count what it keeps for the backward pass
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,8 +18,11 @@ from torch.overrides import TorchFunctionMode
 from scumble.adapters import Adapter, LoraSettings
 from scumble.errors import ModelError
 from scumble.models import FAMILIES
+from scumble.models.codes import CODES, NONE
 from scumble.models.configs import WEIGHTLESS, BaseFacts, Configs
-from scumble.models.family import BaseModel, Components, Frame
+from scumble.models.dtypes import Dtypes, own_dtypes
+from scumble.models.family import BaseModel, Components, Deferred, Frame
+from scumble.models.quantized import layers_held
 
 RANK = 16
 """Of the LoRA on the denoiser's attention that training is counted for."""
@@ -45,6 +49,8 @@ class Part:
     """Bytes of its weights and of the tables that it keeps beside them."""
     late: bool = False
     """Loaded when a prompt is first read, and let go of once all that it says is cached."""
+    held: Mapping[str, int] = field(default_factory=dict)
+    """Code -> bytes where its blocks are held in few bits; empty of what is never held so."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Needs:
 
     parts: tuple[Part, ...]
     """The denoiser first."""
-    dtype: torch.dtype
+    dtypes: Dtypes
     """What the weights are counted in."""
     trained: int = 0
     """Numbers that a LoRA of rank `RANK` on the denoiser's attention has."""
@@ -75,7 +81,7 @@ class Needs:
         """At least: the weights of all parts."""
         return self.weights
 
-    def training(self, *, checkpointing: bool) -> int | None:
+    def training(self, *, checkpointing: bool, quantization: str = NONE) -> int | None:
         """At least, for one picture at a time: what is more of reading the prompts, with all parts, and a step without
         those that are let go of then; None where that can't be told."""
         kept = self.kept.get(checkpointing)
@@ -83,7 +89,8 @@ class Needs:
             return None
         # recomputed in the backward pass, block by block: of `BLOCKS` one at a time
         again = self.kept[False] // BLOCKS if checkpointing else 0
-        return max(self.weights, self.resident + TRAINED_BYTES * self.trained + kept + again)
+        less = sum(part.size - part.held.get(quantization, part.size) for part in self.parts)
+        return max(self.weights, self.resident + TRAINED_BYTES * self.trained + kept + again) - less
 
 
 def needs_of(
@@ -91,16 +98,21 @@ def needs_of(
     facts: BaseFacts,
     dtype: torch.dtype = torch.bfloat16,
     tokenizers: Mapping[str, Any] | None = None,
+    dtypes: Mapping[str, str | torch.dtype] | None = None,
 ) -> Needs:
     """The needs of a base that `facts` finds nothing wrong with.
 
-    `tokenizers` as its folder has them; without them what training keeps can't be told.
+    `tokenizers` as its folder has them; without them what training keeps can't be told. `dtype` and `dtypes` as for
+    `load_base`.
 
     Raises:
-        ModelError: a component is of a class that isn't installed, or its config can't be built.
+        ModelError: a component is of a class that isn't installed, or its config can't be built; or `dtypes` names
+            one that the base has not.
+        UnknownName: `dtypes` names a dtype that there is not.
     """
+    kept = Dtypes(dtype, own_dtypes(dtypes, facts.components, facts.name))
     modules = {
-        name: _skeleton(name, config, configs.name)
+        name: skeleton(name, config, configs.name)
         for name, config in configs.parts.items()
         if not name.startswith((*WEIGHTLESS, "tokenizer"))
     }
@@ -110,15 +122,16 @@ def needs_of(
             name,
             type(modules[name]).__name__,
             sum(p.numel() for p in modules[name].parameters()),
-            size_in(modules[name], dtype),
+            size_in(modules[name], kept.of(name)),
             name in facts.deferred,
+            _held(modules[name], kept.of(name)) if name in ("unet", "transformer") else {},
         )
         for name in order
     )
-    found = Needs(parts, dtype)
+    found = Needs(parts, kept)
     if not tokenizers:
         return found
-    base = _on_meta(configs, facts, modules, tokenizers, dtype)
+    base = on_meta(configs, facts, modules, tokenizers, kept)
     return replace(found, trained=_trained(base), kept={on: kept_by(base, on) for on in (False, True)})
 
 
@@ -128,7 +141,16 @@ def size_in(module: nn.Module, dtype: torch.dtype) -> int:
     return sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in tensors)
 
 
-def _skeleton(name: str, config: Mapping[str, Any], base: str) -> nn.Module:
+def _held(module: nn.Module, dtype: torch.dtype) -> dict[str, int]:
+    """Code -> bytes of the module where its blocks are held in it."""
+    counts = [layer.weight.numel() for layer in layers_held(module).values()]
+    if not counts:
+        return {}
+    rest = size_in(module, dtype) - sum(counts) * dtype.itemsize
+    return {name: rest + sum(map(code.size, counts)) for name, code in CODES.items()}
+
+
+def skeleton(name: str, config: Mapping[str, Any], base: str) -> nn.Module:
     """The module of a config, on the meta device."""
     import diffusers
     import transformers
@@ -152,21 +174,36 @@ def _skeleton(name: str, config: Mapping[str, Any], base: str) -> nn.Module:
     return module
 
 
-def _on_meta(
+def on_meta(
     configs: Configs,
     facts: BaseFacts,
     modules: Mapping[str, nn.Module],
     tokenizers: Mapping[str, Any],
-    dtype: torch.dtype,
+    dtypes: Dtypes,
 ) -> BaseModel:
+    """The base of these modules, on the meta device. Components that it would load later it loads later here too."""
     import diffusers
 
     scheduler = dict(configs.parts["scheduler"])
     own = getattr(diffusers, str(scheduler["_class_name"])).from_config(scheduler)
-    for module in modules.values():
-        nn.Module.to(module, dtype)
-    parts = Components(configs.name, modules, tokenizers, own, options=configs.options)
-    return FAMILIES.get(facts.family).load(parts, dtype=dtype, device=torch.device("meta"))
+    for name, module in modules.items():
+        nn.Module.to(module, dtypes.of(name))
+    later = {
+        name: Deferred(functools.partial(lambda module: (module, ()), modules[name]), ())
+        for name in facts.deferred
+        if name in modules
+    }
+    parts = Components(
+        configs.name,
+        {name: module for name, module in modules.items() if name not in later},
+        tokenizers,
+        own,
+        fingerprint="0" * 64,  # there is nothing to take it of
+        options=configs.options,
+        deferred=later,
+        dtypes=dtypes.own,
+    )
+    return FAMILIES.get(facts.family).load(parts, dtype=dtypes.common, device=torch.device("meta"))
 
 
 def _trained(base: BaseModel) -> int:

@@ -56,9 +56,10 @@ class Verdict:
 @torch.no_grad()
 def probe(base: BaseModel) -> Verdict:
     """Ask the denoiser for its answer to one noised batch. Takes one forward pass of three small pictures."""
-    least = max(1, base.size_multiple // base.latent_factor)
-    side = max(least, min(SIDE, base.resolution // base.latent_factor) // least * least)
-    x0 = base.encode_images(_pictures(side * base.latent_factor), None)
+    side = base.latent_side(SIDE)
+    pictures = _pictures(side * base.latent_factor)
+    # one by one: an image encoder takes much memory, and this is before a run that may have little
+    x0 = torch.cat([base.encode_images(one[None], None) for one in pictures])
     x0 = x0 / x0.std()  # as large as the noise, or the kinds would not be far apart
     n = Streams(0).normal("probe", range(len(x0)), x0.shape[1:]).to(x0.device)
     t = base.prediction.from_uniform(torch.tensor(LEVELS)).to(base.device)

@@ -20,7 +20,7 @@ add_q_proj, so that it is meant by neither.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,12 +83,13 @@ class SD3Base(FlowBase):
 
         The graph is recorded only where a parameter of a CLIP requires a gradient.
         """
-        self._check_compute()
+        self._check_compute(*self.clips)
         hidden, pooled = [], []
         with self._graph_of(*self.clips.values()):
             for root, clip in self.clips.items():
                 ids, _ = self.readings[root].ids(prompts)
-                read = clip(ids.to(self.device), output_hidden_states=True)
+                with self._computing(root):
+                    read = clip(ids.to(self.device), output_hidden_states=True)
                 hidden.append(read.hidden_states[-2].to(clip.dtype))
                 pooled.append(read.text_embeds)
             tokens, width = torch.cat(hidden, dim=-1), self.transformer.config.joint_attention_dim
@@ -111,15 +112,16 @@ class SD3Base(FlowBase):
 
     def denoise(self, latents: Tensor, t: Tensor, conditioning: Conditioning, frame: Frame) -> Tensor:
         """See BaseModel: (B, C, h, w), t (B,) in [0, 1] -> (B, C, h, w) fp32. The transformer is told no `frame`."""
-        self._check_compute()
+        self._check_compute("transformer")
         assert conditioning.pooled is not None
-        out: Tensor = self.transformer(
-            hidden_states=latents.to(self.device, self.dtype),
-            timestep=t.to(self.device) * TIMESTEPS,
-            encoder_hidden_states=conditioning.tokens.to(self.device, self.dtype),
-            pooled_projections=conditioning.pooled.to(self.device, self.dtype),
-            return_dict=False,
-        )[0]
+        with self._computing("transformer"):
+            out: Tensor = self.transformer(
+                hidden_states=latents.to(self.device, self.dtype),
+                timestep=t.to(self.device) * TIMESTEPS,
+                encoder_hidden_states=conditioning.tokens.to(self.device, self.dtype),
+                pooled_projections=conditioning.pooled.to(self.device, self.dtype),
+                return_dict=False,
+            )[0]
         return out.float()
 
     def pipeline(self) -> StableDiffusion3Pipeline:
@@ -147,7 +149,7 @@ class SD3Base(FlowBase):
 
         # alone of diffusers' pipelines it doesn't spell a word of several vectors as its tokens
         pipeline._get_clip_prompt_embeds = spelled
-        return pipeline
+        return cast("StableDiffusion3Pipeline", self._agreed(pipeline))
 
 
 class SD3(FlowFamily):

@@ -52,13 +52,14 @@ class SDXLBase(UNetBase):
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """See BaseModel: (B prompts) -> tokens (B, 77, D1 + D2) and pooled (B, P) in the text encoders' dtype; longer
         prompts are truncated."""
-        self._check_compute()
+        self._check_compute(*self.text_encoders)
         hidden: list[Tensor] = []
         pooled: Tensor | None = None
         with self._graph_of(*self.text_encoders.values()):
             for root, encoder in self.text_encoders.items():
                 ids, _ = self.readings[root].ids(prompts)
-                read = encoder(ids.to(self.device), output_hidden_states=True)
+                with self._computing(root):
+                    read = encoder(ids.to(self.device), output_hidden_states=True)
                 hidden.append(read.hidden_states[-2].to(encoder.dtype))
                 pooled = getattr(read, "text_embeds", pooled)
             return Conditioning(torch.cat(hidden, dim=-1), pooled)
@@ -82,7 +83,7 @@ class SDXLBase(UNetBase):
         """A StableDiffusionXLPipeline over these very modules, with a fresh copy of the base's own scheduler."""
         import diffusers
 
-        return getattr(diffusers, self.drawn_by)(
+        pipeline = getattr(diffusers, self.drawn_by)(
             vae=self.vae,
             text_encoder=self.text_encoders["text_encoder"],
             text_encoder_2=self.text_encoders["text_encoder_2"],
@@ -93,6 +94,7 @@ class SDXLBase(UNetBase):
             force_zeros_for_empty_prompt=self.zeros_for_empty,
             add_watermarker=False,
         )
+        return self._agreed(pipeline)
 
 
 class SDXL(UNetFamily):

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scumble.errors import ModelError
 from scumble.models.attention import set_attention
@@ -45,23 +45,25 @@ class UNetBase(LatentBase):
     drawn_by: ClassVar[str] = "StableDiffusionPipeline"
     """The class of diffusers that draws with these parts."""
     repeated: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock",)
+    recomputed: ClassVar[tuple[str, ...]] = ("ResnetBlock2D", "BasicTransformerBlock")
+    moved: ClassVar[tuple[str, ...]] = ("Downsample2D", "Upsample2D")
 
     def __init__(self, family: str, parts: Components, *, dtype: torch.dtype, device: torch.device) -> None:
         """`parts` hold "unet", "vae", the text encoders and their tokenizers; they are moved to `device` and
         frozen in place.
 
-        `dtype` is that of UNet and text encoders. The VAE has it too, except that fp16 on a CPU is fp32 there.
+        `dtype` is that of every component for which `parts.dtypes` has no other; only a VAE has fp32 for fp16 on a CPU.
 
         Raises:
             ModelError: a tokenizer knows more tokens than its text encoder, or the schedule can't be built.
         """
-        self._open(parts, family=family, dtype=dtype, device=device)
+        self._open(parts, denoiser="unet", family=family, dtype=dtype, device=device)
         self.unet: Any = parts.modules["unet"]
         self.text_encoders: dict[str, Any] = {root: parts.modules[root] for root in self.encoders}
-        for module in (self.unet, *self.text_encoders.values()):
-            self._settle(module, dtype)
-        set_attention(self.unet, "auto")
         self.roots = {"unet": self.unet, **self.text_encoders}
+        for root, module in self.roots.items():
+            self._settle(module, parts.dtype_of(root, dtype))
+        set_attention(self.unet, "auto")
         unet_config, vae_config = (cast(Any, module).config for module in (self.unet, self.vae))
         self.resolution, self.size_multiple = sizes(unet_config, vae_config)
         self.readings: dict[str, Words] = {}
@@ -71,6 +73,11 @@ class UNetBase(LatentBase):
             self.readings[root] = Words(tokenizer, config.max_position_embeddings)
             self._refuse_strangers(name, tokenizer, self.text_encoders[root], root.replace("_", " "))
         self.vocabularies = {root: words.vocabulary for root, words in self.readings.items()}
+
+    @property
+    def recomputable(self) -> Mapping[str, nn.Module]:
+        """See BaseModel; the first block in the middle is always kept by diffusers."""
+        return {path: one for path, one in super().recomputable.items() if path != "unet.mid_block.resnets.0"}
 
     @property
     def text_encoder(self) -> Any:
@@ -93,10 +100,10 @@ class UNetBase(LatentBase):
 
         The graph is recorded only where a parameter of the text encoder requires a gradient.
         """
-        self._check_compute()
+        self._check_compute("text_encoder")
         ids, mask = self.words.ids(prompts)
         masked = getattr(self.text_encoder.config, "use_attention_mask", None)
-        with self._graph_of(self.text_encoder):
+        with self._graph_of(self.text_encoder), self._computing("text_encoder"):
             hidden: Tensor = self.text_encoder(
                 ids.to(self.device), attention_mask=mask.to(self.device) if masked else None
             )[0]
@@ -115,14 +122,15 @@ class UNetBase(LatentBase):
 
     def denoise(self, latents: Tensor, t: Tensor, conditioning: Conditioning, frame: Frame) -> Tensor:
         """See BaseModel: (B, C, h, w), t (B,) -> (B, C, h, w) fp32."""
-        self._check_compute()
-        out: Tensor = self.unet(
-            self.input_of(latents, conditioning).to(self.device, self.dtype),
-            t.to(self.device),
-            encoder_hidden_states=conditioning.tokens.to(self.device, self.dtype),
-            added_cond_kwargs=self.told_besides(conditioning, frame),
-            return_dict=False,
-        )[0]
+        self._check_compute("unet")
+        with self._computing("unet"):
+            out: Tensor = self.unet(
+                self.input_of(latents, conditioning).to(self.device, self.dtype),
+                t.to(self.device),
+                encoder_hidden_states=conditioning.tokens.to(self.device, self.dtype),
+                added_cond_kwargs=self.told_besides(conditioning, frame),
+                return_dict=False,
+            )[0]
         return out.float()
 
     def input_of(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
@@ -138,7 +146,7 @@ class UNetBase(LatentBase):
         scheduler."""
         import diffusers
 
-        pipeline: StableDiffusionPipeline = getattr(diffusers, self.drawn_by)(
+        pipeline = getattr(diffusers, self.drawn_by)(
             vae=self.vae,
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
@@ -148,7 +156,7 @@ class UNetBase(LatentBase):
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        return pipeline
+        return cast("StableDiffusionPipeline", self._agreed(pipeline))
 
     def set_attention(self, kind: str) -> None:
         """How the UNet computes attention: "sdpa", "plain", or "auto", which chooses the faster (see `attention`)

@@ -36,6 +36,8 @@ def _with_targets(family: str) -> Any:
         __base__=(Targeted, settings),
         __module__=__name__,
         __doc__=settings.__doc__,
+        # its fields have their docstrings from their own classes; a class without source is searched for in vain
+        __cls_kwargs__={"use_attribute_docstrings": False},
     )
 
 

@@ -15,7 +15,8 @@ from scumble.errors import ModelError
 from scumble.formats.keymap import ROOTS
 from scumble.formats.stream import LazyTensors
 from scumble.models.configs import weight_files
-from scumble.models.loading import PICTUREBOOK, describe_base
+from scumble.models.hub import PICTUREBOOK
+from scumble.models.loading import describe_base
 
 _WEIGHT = ".weight"
 

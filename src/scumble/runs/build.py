@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from scumble.adapters.targets import named, resolve
 from scumble.data.check import DataReport, check
@@ -17,15 +18,20 @@ from scumble.data.problems import raise_all
 from scumble.data.settings import DataSettings
 from scumble.data.sources import open_dataset
 from scumble.data.split import split
+from scumble.data.together import ALONE, Together
 from scumble.errors import ConfigError, ModelError
 from scumble.inference.request import Request
 from scumble.methods.method import METHODS, Checks, Ingredients
 from scumble.methods.text_encoder import TextEncoderSettings
 from scumble.models.configs import BaseFacts
+from scumble.models.dtypes import own_dtypes
 from scumble.models.family import BaseModel
-from scumble.models.loading import describe_base, load_base, load_tokenizers
-from scumble.models.precision import dtype_called, dtype_named
+from scumble.models.heap import give_back
+from scumble.models.loading import DENOISERS, describe_base, load_base, load_tokenizers
+from scumble.models.offload import refuse_offload
+from scumble.models.precision import check_precision, dtype_called, dtype_named, find_device
 from scumble.models.probe import check_prediction
+from scumble.models.shortage import telling
 from scumble.models.text import Words
 from scumble.rng import Streams
 from scumble.runs.arithmetic import batches_per_epoch, epochs_of, steps_for_epochs
@@ -44,6 +50,11 @@ Progress = Callable[[int, int, str], None]
 
 CACHE = ".cache"
 """Of a run's folder: what it makes before training. It stays when the run's results are removed."""
+
+_LOADED_SMALLER = (
+    'What needs less: train.precision = "bf16", train.quantization = "int8" or "nf4", and on a GPU train.offload = '
+    '"blocks".'
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,10 @@ def check_data(config: RunConfig, *, progress: Progress = no_progress) -> tuple[
     facts = describe_base(config.base, revision=config.revision, variant=config.variant, rest=config.rest)
     if facts.problems:
         raise ModelError("\n".join(facts.problems))
+    for dtype in own_dtypes(config.dtypes, facts.components, facts.name).values():
+        check_precision(dtype, find_device(config.device))
+    refuse_offload(config.train.offload, find_device(config.device))
+    _refuse_unscaled(config, DENOISERS)
     method, words = METHODS.get(config.method), _words(config)
     data = config.pictures
     own = method.check(config.options, data, words) if isinstance(method, Checks) else ()
@@ -95,32 +110,49 @@ def check_data(config: RunConfig, *, progress: Progress = no_progress) -> tuple[
 
 
 def build(
-    config: RunConfig, *, device: torch.device, processes: int = 1, announce: Announce | None = None
+    config: RunConfig,
+    *,
+    device: torch.device,
+    together: Together = ALONE,
+    announce: Announce | None = None,
 ) -> Built:
     """Load the base, open the data, inject the adapter and plan the run. Encodes no picture and trains
     nothing.
 
+    `together`: the processes that build the same, who share what has to be drawn and encoded before the run.
     `announce`: entered around what takes long, such as drawing class pictures; None draws none, for a plan that is
     only looked at.
 
     Raises:
         ModelError, DataError, NoLayerMatches: a part is not there or does not fit.
     """
+    refuse_offload(config.train.offload, device, together.count)
     dtype = dtype_named(config.train.precision)
 
     def load() -> BaseModel:
-        return load_base(
-            config.base,
-            dtype=dtype,
-            device=device,
-            revision=config.revision,
-            variant=config.variant,
-            prediction=config.prediction,
-            rest=config.rest,
-        )
+        with telling(f"{config.base} was loaded", _LOADED_SMALLER):
+            return load_base(
+                config.base,
+                dtype=dtype,
+                device=device,
+                revision=config.revision,
+                variant=config.variant,
+                prediction=config.prediction,
+                rest=config.rest,
+                dtypes=config.dtypes,
+                quantization=config.train.quantization,
+                offload=config.train.offload,
+            )
 
     base = load()
     check_prediction(base)
+    give_back()
+
+    def load_anew() -> BaseModel:
+        base.discard()
+        give_back()
+        return load()
+
     base.claim(named(config.adapter.targets, base.late))
     streams = Streams(config.train.seed)
     train, seed = config.train, config.train.seed
@@ -139,9 +171,7 @@ def build(
     data, options = config.pictures, config.options
     if data is not None:
         parts = split(open_dataset(data, seed=seed), data.held_out, seed, workers=data.workers)
-        roots = {path.partition(".")[0] for path in resolve(base.roots, config.adapter.targets).layers}
-        also = isinstance(options, TextEncoderSettings) and options.train_text_encoder
-        cached = roots <= {next(iter(base.roots))} and not also and not method.trains_text
+        cached = text_is_cached(config, base)
         loader = Loader(parts.train, base, data, batch_size=train.batch, seed=seed, text_embeddings=cached)
         loaders.append(loader)
         notes = tuple(parts.notes)
@@ -153,13 +183,14 @@ def build(
                 batch_size=train.batch,
                 text_embeddings=cached,
                 cache=loader.cache,
+                together=together,
             )
     if config.preview.prompts and not train.preview_every:  # pictures at the end are part of every result
         train = train.model_copy(update={"preview_every": train.steps})
     plan = method.plan(
         Ingredients(
             base=base,
-            fresh=load,
+            fresh=load_anew,
             adapter=config.adapter,
             targets=config.adapter.targets,
             batches=loaders[0] if loaders else None,
@@ -171,13 +202,44 @@ def build(
             options=options,
             data=data,
             open_batches=open_batches,
-            draw=None if announce is None else Artist(base, kept_in(config), announce),
+            draw=None if announce is None else Artist(base, kept_in(config), announce, together),
         )
     )
+    _refuse_unscaled(config, [name for name, root in base.roots.items() if _trains(root)])
     refuse_dialect(config, plan)
-    plan = dataclasses.replace(plan, facts=_facts(config, plan, loaders, processes))
+    plan = dataclasses.replace(plan, facts=_facts(config, plan, loaders, together.count))
     notes = (*getattr(base, "notes", ()), *notes)
     return Built(base, plan, train, streams, tuple(loaders), _previewer(config, base), notes)
+
+
+def text_is_cached(config: RunConfig, base: BaseModel) -> bool:
+    """Whether nothing that reads prompts trains, so that each caption is read once.
+
+    Raises:
+        NoLayerMatches: a target matches no layer.
+    """
+    options = config.options
+    roots = {path.partition(".")[0] for path in resolve(base.roots, config.adapter.targets).layers}
+    also = isinstance(options, TextEncoderSettings) and options.train_text_encoder
+    return roots <= {next(iter(base.roots))} and not also and not METHODS.get(config.method).trains_text
+
+
+def _refuse_unscaled(config: RunConfig, reached: Collection[str]) -> None:
+    """Refuse fp16 for a component that gradients reach where nothing keeps small ones from becoming zero.
+
+    Raises:
+        ConfigError: one of `reached` has it.
+    """
+    for name, dtype in config.dtypes.items():
+        if name in reached and dtype == "fp16" != config.train.precision:
+            raise ConfigError(
+                f'dtypes.{name} = "fp16": gradients that pass through it would round to zero, because they are scaled '
+                f'up only with train.precision = "fp16" (it is "{config.train.precision}"). Set that, or choose bf16.'
+            )
+
+
+def _trains(root: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in root.parameters())
 
 
 def refuse_dialect(config: RunConfig, plan: Plan) -> None:
@@ -234,6 +296,12 @@ def _facts(config: RunConfig, plan: Plan, loaders: Sequence[Loader], processes: 
         "trains": ", ".join(dict.fromkeys(each.name for phase in plan.phases for each in phase.trainables)),
         "pictures a step": train.batch * train.accumulate * processes,
         "precision": train.precision,
+        **({"quantization": train.quantization} if train.quantization != "none" else {}),
+        **(
+            {"dtypes": ", ".join(f"{name} {dtype}" for name, dtype in config.dtypes.items())}
+            if config.dtypes
+            else {}
+        ),
     }
     for loader in loaders[:1]:
         facts |= {

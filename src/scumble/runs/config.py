@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from pydantic import Field, create_model, field_validator, model_validator
+from pydantic import BeforeValidator, Field, create_model, field_validator, model_validator
 
 from scumble.data.settings import DataSettings
 from scumble.errors import UnknownName
@@ -61,6 +61,16 @@ class SaveSettings(Settings):
         return value
 
 
+def _dtype(value: object) -> str:
+    """A component's dtype, as people call it: "fp32" for "float32" and torch.float32."""
+    from scumble.models.dtypes import dtype_spelled, short
+
+    try:
+        return short(dtype_spelled(cast(str, value)))
+    except UnknownName as error:
+        raise ValueError(str(error)) from error
+
+
 class _Common(Settings):
     """What every run is told, whatever its method."""
 
@@ -78,6 +88,9 @@ class _Common(Settings):
     prediction: Literal["epsilon", "v_prediction"] | None = None
     """What the base predicts. Unset: what its scheduler's configuration says. Set it only for a base that
     says wrong."""
+    dtypes: dict[str, Annotated[str, BeforeValidator(_dtype)]] = Field(default_factory=dict)
+    """A dtype for some of the base's components alone: component -> "fp32", "fp16" or "bf16", e.g. { vae = "fp32",
+    text_encoder = "bf16" }. It is kept in that and computes in it; all others follow train.precision."""
     method: str = "text-to-image"
     """How it is taught. A method's own settings stand in the section of its name, e.g. [textual_inversion]."""
     output: Path
@@ -213,5 +226,10 @@ if TYPE_CHECKING:
 
 else:
     RunConfig = create_model(
-        "RunConfig", __base__=_Common, __module__=__name__, __doc__="A whole run.", **_sections()
+        "RunConfig",
+        __base__=_Common,
+        __module__=__name__,
+        __doc__="A whole run.",
+        __cls_kwargs__={"use_attribute_docstrings": False},  # it has no source to search for them
+        **_sections(),
     )

@@ -6,6 +6,7 @@ run that was stopped goes on with the missing ones; another prompt or another ba
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import groupby
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from scumble.data import cache as caches
 from scumble.data.sources import pictures_in
+from scumble.data.together import ALONE, Shelf, Together, complete
 from scumble.errors import DataError, ModelError
 from scumble.inference.request import Request
 from scumble.inference.session import Session
@@ -31,9 +33,10 @@ class Artist:
     Law: a picture depends on the base and its request, not on which others were there already.
     """
 
-    def __init__(self, base: BaseModel, cache: Path, announce: Announce) -> None:
-        """`base` has no adapter yet. `cache`: where pictures go that nobody named a folder for."""
-        self._base, self._cache, self._announce = base, cache, announce
+    def __init__(self, base: BaseModel, cache: Path, announce: Announce, together: Together = ALONE) -> None:
+        """`base` has no adapter yet. `cache`: where pictures go that nobody named a folder for. `together`: processes
+        that need the same pictures: each is drawn by one of them, once."""
+        self._base, self._cache, self._announce, self._together = base, cache, announce, together
 
     def __call__(
         self,
@@ -58,16 +61,32 @@ class Artist:
         request = Request(prompt=prompt, seed=seed, steps=steps, guidance=guidance, width=side, height=side)
         name = self._key(request)[:16]
         place = self._cache / f"class-{name}" if folder is None else folder
-        with self._announce("drawing") as told:  # looking is part of it: another process may be drawing
-            there = pictures_in(place) if place.is_dir() else []
-            own = [path for path in there if path.name.startswith(MARK)]
-            _refuse_strangers([path for path in own if not path.name.startswith(f"{MARK}{name}-")], prompt)
-            missing = [
-                number
-                for number in range(count - (len(there) - len(own)))
-                if not (place / f"{MARK}{name}-{number:05d}.png").exists()
-            ]
-            self._draw(request, name, place, missing, batch, told)
+        there = pictures_in(place) if place.is_dir() else []
+        own = [path for path in there if path.name.startswith(MARK)]
+        _refuse_strangers([path for path in own if not path.name.startswith(f"{MARK}{name}-")], prompt)
+        # all look before anyone draws
+        wanted = range(count - max(self._together.gather(len(there) - len(own))))
+        numbers = {f"{MARK}{name}-{number:05d}.png": number for number in wanted}
+
+        def put(file: str, data: bytes) -> None:
+            place.mkdir(parents=True, exist_ok=True)
+            partial = place / f".{file}.{os.getpid()}"
+            partial.write_bytes(data)
+            partial.replace(place / file)  # a neighbour may be doing the same
+
+        shelf = Shelf(
+            has=lambda file: (place / file).exists(),
+            get=lambda file: (place / file).read_bytes(),
+            put=put,
+            size=len,
+        )
+        with self._announce("drawing") as told:
+            complete(
+                list(numbers),
+                shelf,
+                lambda files: self._draw(request, name, place, [numbers[f] for f in files], batch, told),
+                self._together,
+            )
         return place
 
     def _draw(

@@ -6,16 +6,18 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from scumble.adapters.mix import MixSettings, Part
 from scumble.adapters.state import AdapterState
 from scumble.errors import FormatError
 from scumble.formats.codec import Layers, Read, read, write
 from scumble.formats.inspection import digest_of
 from scumble.inference.find_base import locate
-from scumble.models import precision
+
+if TYPE_CHECKING:
+    import torch
+
+    from scumble.adapters.mix import MixSettings, Part
 
 RECORD = "scumble.made_from"
 """Header entry of a file that was made from others: JSON, newest work last."""
@@ -33,6 +35,8 @@ class Ingredient:
     @property
     def part(self) -> Part:
         """What `mix` takes."""
+        from scumble.adapters.mix import Part
+
         return Part(self.file.state, self.strength, dict(self.blocks or {}), self.file.path.name)
 
     @property
@@ -67,7 +71,11 @@ def dtype_called(name: str | None) -> torch.dtype | None:
     Raises:
         UnknownName: there is none called so.
     """
-    return None if name is None else precision.dtype_called(name)
+    if name is None:
+        return None
+    from scumble.models import precision
+
+    return precision.dtype_called(name)
 
 
 def refuse_existing(out: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
@@ -116,6 +124,8 @@ def mix_record(settings: MixSettings) -> dict[str, object]:
 
 def widest(states: Iterable[AdapterState]) -> torch.dtype | None:
     """The widest dtype in which these adapters are stored, at least 16 bits; None of nothing."""
+    import torch
+
     found: torch.dtype | None = None
     for state in states:
         for layer in state.layers.values():

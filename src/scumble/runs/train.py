@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from scumble.adapters.state import AdapterState
     from scumble.data.check import DataReport
     from scumble.training.events import Sink
+    from scumble.training.processes import Processes
 
 WARNINGS_SHOWN = 10
 """Warnings about the data that are printed before a run; `scumble data check` lists all."""
@@ -93,39 +94,69 @@ def train(
             before a model is loaded, so that nothing that could have been known fails later.
     """
     config = resolve_config(config, overrides, settings)
+    from scumble.models.heap import tight
     from scumble.models.precision import find_device
+    from scumble.runs.forecast import is_tight
     from scumble.training.numerics import make_accelerator
+    from scumble.training.processes import Processes
 
     accelerator = make_accelerator(config.train.precision, find_device(config.device))
-    main = accelerator.is_main_process
-    folder = RunFolder(config.output, layout or Layout(adapter=result_name(config)))
-    checkpoint, notes = folder.claim(resume=resume, overwrite=overwrite)
-    say = _speaker(quiet or not main)
-    repo = ""
-    with contextlib.ExitStack() as stack:
-        sinks = open_trackers(config, folder) if main else []
-        stack.callback(_close_all, sinks)
-        if main and config.hub.push:
-            repo = hub.prepare(
-                config.hub.id or folder.path.resolve().name,
-                write_card(card_facts(config, folder, folder.path.resolve().name)),
-                private=config.hub.private,
-                token=hub_token,
-            )
-        if main:
-            from scumble.runs.build import check_data
+    with Processes(accelerator, config.train.process_timeout) as processes:
+        main = accelerator.is_main_process
+        folder = RunFolder(config.output, layout or Layout(adapter=result_name(config)))
+        # what lies on the main process's disk decides; the others may have another
+        claimed = processes.gather(folder.claim(resume=resume, overwrite=overwrite) if main else None)[0]
+        assert claimed is not None
+        checkpoint, notes = claimed
+        say = _speaker(quiet or not main)
+        repo = ""
+        with contextlib.ExitStack() as stack:
+            sinks = open_trackers(config, folder) if main else []
+            stack.callback(_close_all, sinks)
+            if main and config.hub.push:
+                repo = hub.prepare(
+                    config.hub.id or folder.path.resolve().name,
+                    write_card(card_facts(config, folder, folder.path.resolve().name)),
+                    private=config.hub.private,
+                    token=hub_token,
+                )
+            if main:
+                from scumble.runs.afford import within_memory
+                from scumble.runs.build import check_data
 
-            with progress("checking", quiet) as told:
-                _, report = check_data(config, progress=told)
-            if report is not None:
-                say_data(report, say)
-        accelerator.wait_for_everyone()
-        stack.pop_all()  # from here on the loop closes the sinks
-    for note in notes:
-        say(note)
-    return _run(
-        config, folder, checkpoint, accelerator, sinks, say, repo, hub_token, overwrite, accept_changes, quiet
-    )
+                with progress("checking", quiet) as told:
+                    _, report = check_data(config, progress=told)
+                if report is not None:
+                    say_data(report, say)
+            settled = within_memory(config, report, say) if main else None
+            config = recomputing(config, processes.gather(settled)[0])
+            accelerator.wait_for_everyone()
+            stack.pop_all()  # from here on the loop closes the sinks
+        for note in notes:
+            say(note)
+        with tight(accelerator.device.type == "cpu" and is_tight(config)):
+            return _run(
+                config,
+                folder,
+                checkpoint,
+                accelerator,
+                processes,
+                sinks,
+                say,
+                repo,
+                hub_token,
+                overwrite,
+                accept_changes,
+                quiet,
+            )
+
+
+def recomputing(config: RunConfig, blocks: bool | tuple[str, ...] | None) -> RunConfig:
+    """The settings with what is recomputed, as it was settled."""
+    if blocks is None or blocks == config.train.gradient_checkpointing:
+        return config
+    train = config.train.model_copy(update={"gradient_checkpointing": blocks})
+    return config.model_copy(update={"train": train})
 
 
 def resolve_config(
@@ -148,6 +179,7 @@ def _run(
     folder: RunFolder,
     checkpoint: Path | None,
     accelerator: Accelerator,
+    processes: Processes,
     sinks: list[Sink],
     say: Callable[[str], None],
     repo: str,
@@ -156,19 +188,19 @@ def _run(
     accept_changes: bool,
     quiet: bool,
 ) -> RunResult:
+    from scumble.models.heap import give_back
     from scumble.runs.build import build
     from scumble.training.loop import train as loop
     from scumble.training.sinks import SINKS
 
     main = accelerator.is_main_process
 
-    @contextlib.contextmanager
-    def announce(what: str) -> Iterator[Callable[[int, int, str], None]]:
-        """The main process works, with a bar; the others find what it made."""
-        with accelerator.main_process_first(), progress(what, quiet or not main) as told:
-            yield told
-
-    built = build(config, device=accelerator.device, processes=accelerator.num_processes, announce=announce)
+    built = build(
+        config,
+        device=accelerator.device,
+        together=processes,
+        announce=lambda what: progress(what, quiet or not main),
+    )
     for note in built.notes:
         say(f"note: {note}")
     first = 0 if checkpoint is None else _step_of(checkpoint)
@@ -177,7 +209,17 @@ def _run(
     with progress("encoding", quiet or not main) as told:
         for loader in built.loaders:
             few = visits < loader.samples * 8
-            loader.prepare(first=first * per_step, visits=visits if few else None, progress=told)
+            loader.prepare(
+                first=first * per_step,
+                visits=visits if few else None,
+                progress=told,
+                together=processes,
+            )
+    built.base.rest(
+        pictures=not any(loader.needs_image_encoder for loader in built.loaders),
+        text=not any(loader.needs_text_encoder for loader in built.loaders),
+    )
+    give_back()
     if main:
         if overwrite:
             folder.clear()
@@ -193,10 +235,11 @@ def _run(
         sinks,
         built.streams,
         accelerator,
-        previewer=built.previewer if main else None,
+        previewer=built.previewer,  # of which the main process makes use; all know when
         resume=checkpoint,
         accept_changes=accept_changes,
         layout=folder.layout,
+        processes=processes,
     )
     url = push_error = None
     adapter, complete = result.adapter, result.reason == "complete"

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from scumble.errors import NoEffect, ResumeError, TrainingError
+from scumble.data.together import ALONE, Together
+from scumble.errors import NoEffect, OutOfMemory, ResumeError, TrainingError
+from scumble.models.shortage import ERRORS, recover, shortage_of
 from scumble.rng import Streams
 from scumble.training import state as checkpoints
 from scumble.training.ema import EMA
@@ -65,9 +67,11 @@ class Keeper:
         accelerator: Accelerator,
         previewer: Previewer | None,
         layout: Layout,
+        together: Together = ALONE,
     ) -> None:
         self.plan, self.run, self.settings, self.tell = plan, run, settings, tell
         self.streams, self.accelerator, self.previewer, self.layout = streams, accelerator, previewer, layout
+        self.together = together
         self.total = sum(phase.steps for phase in plan.phases)
         self.parameters = named_parameters(plan)
         self.names = {parameter: name for name, parameter in self.parameters.items()}
@@ -96,18 +100,30 @@ class Keeper:
         Raises:
             ResumeError: it is damaged, or belongs to a run with other settings (each difference is listed).
         """
-        folder, notes = self._find(source)
-        if self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        folder, notes = self._find(source) if main else (None, [])
+        if main:
             for leftover in checkpoints.unfinished(self.run):
                 shutil.rmtree(leftover)
+        folder = self.together.gather(folder)[0]
         self._notes += notes
         if folder is None:
             return
-        saved = checkpoints.load(folder)
+        saved = self._loaded(folder)
         self._check_identity(folder, saved, accept_changes)
         self._restore(saved)
         self.last_saved, self.last_step_saved = folder, self.step
         self._notes.append(f"Going on from {folder.name}, after step {self.step} of {self.total}.")
+
+    def _loaded(self, folder: Path) -> TrainState:
+        """The checkpoint that the main process found; one that sees no such folder is handed its content."""
+        marks = self.together.gather(checkpoints.mark(folder))
+        own = checkpoints.load(folder) if marks[self.together.rank] == marks[0] else None
+        given = own
+        if len(set(marks)) > 1:
+            given = self.together.gather(own if self.together.rank == 0 else None)[0]
+        assert given is not None  # the main process has what it found
+        return given
 
     def tell_notes(self) -> None:
         """Tell what the resume found; separate, because a run's first event is `Started`."""
@@ -309,11 +325,61 @@ class Keeper:
             best_loss=self.best_loss,
         )
         folder = self.layout.checkpoint_folder(self.run, self.step)
-        checkpoints.save(state, self.export(), folder, self.settings.checkpoint_limit, self.layout)
+        for last in (False, True):  # a second time with what could be given back
+            try:
+                checkpoints.save(state, self.export(), folder, self.settings.checkpoint_limit, self.layout)
+                break
+            except ERRORS as error:
+                if (lack := shortage_of(error)) is None:
+                    raise
+                recover(error)
+                if last:
+                    raise OutOfMemory(
+                        f"Out of {lack.memory} while {folder.name} was saved. {lack} {self.last_good()} Close what "
+                        "else takes memory, and go on from there with --resume latest."
+                    ) from error
         check_dtypes(self.moving, f"after saving {folder.name}")
         self.last_saved, self.last_step_saved = folder, self.step
         self.tell(Saved(self.step, folder, final=False))
         return folder
+
+    def rescue(self, phase: Phase, optimizer: Optimizer) -> str:
+        """Write the checkpoint of the last whole step, if there is none, though the next one failed: by whichever
+        process it failed in, because the others wait for that one. A sentence on it."""
+        if self.step == 0:
+            return "No step was done yet, so there is nothing to keep."
+        folder = self.layout.checkpoint_folder(self.run, self.step)
+        kept = f"All up to step {self.step} is kept in {folder}."
+        if self.last_step_saved == self.step or checkpoints.damage(folder) is None:
+            return kept
+        if not self.run.is_dir():  # another machine's disk
+            return self.last_good()
+        turn = self.run / f".rescue-{self.step:06d}.partial"
+        try:
+            turn.mkdir()
+        except FileExistsError:  # another process ran out of memory in the same step
+            return kept
+        try:
+            if not self.accelerator.is_main_process:
+                self._know_best()
+            self.save(phase, optimizer)
+        finally:
+            turn.rmdir()
+        return kept
+
+    def _know_best(self) -> None:
+        """What the main process alone measured, from where it wrote it."""
+        facts = self.run / self.layout.best / "held_out.json"
+        if facts.is_file():
+            found = json.loads(facts.read_text(encoding="utf-8"))
+            self.best_step, self.best_loss = found["step"], found["adapter"]
+
+    def finished_so_far(self) -> str:
+        """A sentence on what there is of a run whose last step is done."""
+        path = self.run / self.layout.adapter
+        there = f"{path} is written, and not proven. " if path.is_file() else ""
+        again = "" if self.last_saved is None else " --resume latest does this last part again."
+        return f"{there}{self.last_good()}{again} Close what else takes memory, or set train.quantization."
 
     def export(self) -> AdapterState:
         """The adapter as it would be saved now: the running mean where EMA is on."""
@@ -331,10 +397,20 @@ class Keeper:
         return f"The last good file is {self.last_saved / checkpoints.ADAPTER}."
 
     def _measure(self) -> None:
-        """The held-out loss, beside the base's; a new best is kept in `best/`."""
+        """The held-out loss, beside the base's; a new best is kept in `best/`. Without the memory for it, it is told
+        that it was not measured."""
         assert self.plan.held_out is not None
-        with torch.no_grad(), self.exported(), self.accelerator.autocast():
-            adapter, base = (losses.double().cpu() for losses in self.plan.held_out())
+        try:
+            with torch.no_grad(), self.exported(), self.accelerator.autocast():
+                adapter, base = (losses.double().cpu() for losses in self.plan.held_out())
+        except ERRORS as error:
+            if (lack := shortage_of(error)) is None:
+                raise
+            recover(error)
+            text = f"Out of {lack.memory} while the held-out loss was measured, and training goes on. {lack}"
+            text += f" It takes train.batch = {self.settings.batch} pictures at once."
+            self.tell(Noted(self.step, text))
+            return
         loss, difference = adapter.mean().item(), adapter - base
         best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
         if best:
@@ -361,6 +437,12 @@ class Keeper:
             panels = self.previewer(folder / checkpoints.ADAPTER, self.step)
         except Exception as error:
             text = f"The preview failed and training goes on. {type(error).__name__}: {error}"
+            if (lack := shortage_of(error)) is not None:
+                said = f"{type(error).__name__}: {error}".splitlines()[0]
+                text = (
+                    f"Out of {lack.memory} while the preview was drawn, and training goes on. {lack} ({said})"
+                )
+            recover(error)
             self.tell(Noted(self.step, text))
         else:
             self.tell(Previewed(self.step, panels))

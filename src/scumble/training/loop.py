@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from scumble.errors import ConfigError
+from scumble.models.shortage import telling
 from scumble.rng import Streams
 from scumble.training.engine import Driver, Engine, Work
 from scumble.training.events import Finished, Noted, Sink, Started
@@ -23,7 +24,9 @@ from scumble.training.meter import Measured, Meter
 from scumble.training.numerics import arithmetic, make_accelerator
 from scumble.training.optimizers import build_optimizer
 from scumble.training.plan import Phase, Plan, Stretch, nothing
-from scumble.training.proofs import GradientWatch, check_processes_agree
+from scumble.training.processes import Processes
+from scumble.training.proofs import GradientWatch, check_processes_agree, check_same_run
+from scumble.training.rescue import rescuing
 from scumble.training.schedules import factor
 from scumble.training.settings import TrainSettings
 from scumble.training.sinks.fanout import Fanout
@@ -71,6 +74,7 @@ def train(
     accept_changes: bool = False,
     layout: Layout | None = None,
     interrupt: Interrupt | None = None,
+    processes: Processes | None = None,
 ) -> TrainResult:
     """Run every phase of `plan`, keep what is learned in the folder `run`, and tell `sinks` what happens.
 
@@ -79,6 +83,7 @@ def train(
     `resume`: None, "latest", or a checkpoint. `accept_changes`: go on though settings differ from the
     checkpoint's.
     `interrupt`: for callers outside the main thread, who set its `asked` to stop the run.
+    `processes`: those of the run, where the caller watches over them already.
 
     Raises:
         ConfigError: the optimizer's package is missing, or `accelerator` has another precision.
@@ -87,6 +92,8 @@ def train(
         Diverged: too many steps in a row were not finite; the last good file is named.
         NothingTrained: a tensor got no gradient, or never changed.
         NoEffect, TrainingError: the saved file read back does not act like the trained model.
+        OutOfMemory: memory ran out; the last whole step is kept, and what needs less is named.
+        ProcessLost: another process of the run is gone, or ended in an error.
     """
     begun, layout = time.perf_counter(), layout or Layout()
     device = next(iter(plan.phases[0].trainables[0].parameters.values())).device
@@ -96,12 +103,30 @@ def train(
             f'precision is "{settings.precision}" in the settings and "{accelerator.mixed_precision}" in the '
             "given Accelerator. Give both the same."
         )
+    if processes is None:
+        with Processes(accelerator, settings.process_timeout) as processes:
+            return train(
+                plan,
+                run,
+                settings,
+                sinks,
+                streams,
+                accelerator,
+                previewer=previewer,
+                resume=resume,
+                accept_changes=accept_changes,
+                layout=layout,
+                interrupt=interrupt,
+                processes=processes,
+            )
     fanout = sinks if isinstance(sinks, Fanout) else Fanout(sinks)
     tell = fanout.handle if accelerator.is_main_process else _silent
     keeper: Keeper | None = None
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        keeper = Keeper(plan, run, settings, tell, streams, accelerator, previewer, layout)
+        if accelerator.is_main_process:
+            run.mkdir(parents=True, exist_ok=True)
+        keeper = Keeper(plan, run, settings, tell, streams, accelerator, previewer, layout, processes)
+        check_same_run(keeper.identity, processes)
         keeper.resume(resume, accept_changes)
         tell(Started(run, keeper.total, keeper.step, plan.facts, settings.model_dump(mode="json")))
         keeper.tell_notes()
@@ -116,15 +141,18 @@ def train(
                 for phase, end in zip(plan.phases, ends, strict=True)
             )
             if complete and accelerator.is_main_process:
-                adapter, difference = keeper.finish()
+                with telling("the finished adapter was proven", keeper.finished_so_far):
+                    adapter, difference = keeper.finish()
         if not complete and keeper.last_saved is not None:
             adapter = keeper.last_saved / ADAPTER
         reason, seconds = "complete" if complete else "interrupted", time.perf_counter() - begun
         tell(Finished(keeper.step, seconds, adapter, reason))
         return TrainResult(keeper.step, adapter, reason, seconds, keeper.best_path, difference)
     except BaseException as error:
-        step = keeper.step if keeper is not None else 0
-        tell(Finished(step, time.perf_counter() - begun, None, f"{type(error).__name__}: {error}"))
+        step, cause = keeper.step if keeper is not None else 0, processes.explained(error)
+        tell(Finished(step, time.perf_counter() - begun, None, f"{type(cause).__name__}: {cause}"))
+        if cause is not error:
+            raise cause from error
         raise
     finally:
         fanout.close()
@@ -162,44 +190,53 @@ def _train_phase(phase: Phase, start: int, keeper: Keeper, wish: Interrupt) -> b
     objective.train()
     try:
         while keeper.step < start + phase.steps:
-            done = keeper.step - start
-            rates = {
-                name: peak * factor(phase.schedule, course.first + done, course.course, peak)
-                for name, peak in peaks.items()
-            }
-            batches = list(itertools.islice(stream, settings.accumulate))
-            places = [(done * len(batches) + number) * share + rank for number in range(len(batches))]
-            # dropout too must not remember what came before
-            seeds = [streams.number("dropout", start, place) for place in places]
-            losses = driver.do(lambda engine: _gradients(engine, batches, seeds, wish if alone else None))  # noqa: B023
-            if len(losses) < len(batches):
-                # the half-done step is dropped: after a resume it is done whole
-                return _stop(phase, keeper, meter, stepper)
-            norm = driver.do(lambda engine: engine.clip())
-            if not watch.satisfied and norm.isfinite():
-                watch.see(keeper.step + 1, meter.moved)
-                if keeper.step == opening:
-                    check_processes_agree(parameters, accelerator)
-            skip = (~norm.isfinite()).float()
-            driver.do(lambda engine: engine.step(rates, skip))  # noqa: B023 - it is done at once
-            keeper.step += 1
-            if keeper.ema is not None:
-                keeper.ema.update(keeper.step, skip)
-            keys = [key for batch in batches for key in batch.keys]
-            meter.add(Measured(keeper.step, phase.name, rates, losses, keys, norm))
-            due, last = keeper.due(keeper.step), keeper.step == start + phase.steps
-            if not (always or due or last or not watch.satisfied or keeper.step % settings.log_every == 0):
-                if alone and wish.asked:
+            with rescuing(keeper, phase.name, lambda: _kept(phase, keeper, meter, stepper)) as attempt:
+                done = keeper.step - start
+                rates = {
+                    name: peak * factor(phase.schedule, course.first + done, course.course, peak)
+                    for name, peak in peaks.items()
+                }
+                batches = list(itertools.islice(stream, settings.accumulate))
+                attempt.batches = batches
+                places = [(done * len(batches) + number) * share + rank for number in range(len(batches))]
+                # dropout too must not remember what came before
+                seeds = [streams.number("dropout", start, place) for place in places]
+                losses = driver.do(lambda engine: _gradients(engine, batches, seeds, wish if alone else None))  # noqa: B023
+                if len(losses) < len(batches):
+                    # the half-done step is dropped: after a resume it is done whole
                     return _stop(phase, keeper, meter, stepper)
-                continue
-            meter.flush()
-            keeper.in_a_row = meter.in_a_row
-            if norm.isfinite():
-                phase.after_step()
-            if due:
-                keeper.between(due, phase, stepper.optimizer)
-            if _anyone(accelerator, wish) and keeper.step < keeper.total:
-                return _stop(phase, keeper, meter, stepper)
+                attempt.place = "clipping"
+                norm = driver.do(lambda engine: engine.clip())
+                if not watch.satisfied and norm.isfinite():
+                    watch.see(keeper.step + 1, meter.moved)
+                    if keeper.step == opening:
+                        check_processes_agree(parameters, accelerator)
+                skip = (~norm.isfinite()).float()
+                attempt.place, attempt.moving = "optimizer's part", True
+                driver.do(lambda engine: engine.step(rates, skip))  # noqa: B023 - it is done at once
+                keeper.step += 1
+                if keeper.ema is not None:
+                    keeper.ema.update(keeper.step, skip)
+                attempt.moving = False
+                keys = [key for batch in batches for key in batch.keys]
+                meter.add(Measured(keeper.step, phase.name, rates, losses, keys, norm))
+                due, last = keeper.due(keeper.step), keeper.step == start + phase.steps
+                if not (
+                    always or due or last or not watch.satisfied or keeper.step % settings.log_every == 0
+                ):
+                    if alone and wish.asked:
+                        return _stop(phase, keeper, meter, stepper)
+                    continue
+                meter.flush()
+                keeper.in_a_row = meter.in_a_row
+                if norm.isfinite():
+                    attempt.moving = True
+                    phase.after_step()
+                    attempt.moving = False
+                if due:
+                    keeper.between(due, phase, stepper.optimizer)
+                if _anyone(accelerator, wish) and keeper.step < keeper.total:
+                    return _stop(phase, keeper, meter, stepper)
         keeper.leave(phase, stepper.optimizer)
         return True
     finally:
@@ -217,6 +254,14 @@ def _stop(phase: Phase, keeper: Keeper, meter: Meter, stepper: Any) -> bool:
     if keeper.step and keeper.accelerator.is_main_process and keeper.last_step_saved != keeper.step:
         keeper.save(phase, stepper.optimizer)
     return False
+
+
+def _kept(phase: Phase, keeper: Keeper, meter: Meter, stepper: Any) -> str:
+    """Keep the last whole step of a run that can't go on; a sentence on it."""
+    if keeper.accelerator.num_processes == 1:  # else all would have to take part
+        meter.flush()
+        keeper.in_a_row = meter.in_a_row
+    return keeper.rescue(phase, stepper.optimizer)
 
 
 def _gradients(

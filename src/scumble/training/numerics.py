@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from scumble.models.precision import check_precision, dtype_named
+from scumble.training.processes import PATIENCE
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,6 +27,7 @@ def make_accelerator(precision: str, device: torch.device) -> Accelerator:
     check_precision(dtype_named(precision), device)
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import InitProcessGroupKwargs
 
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         # Accelerate holds the precision once for the whole process; a second run may want another.
@@ -34,7 +36,7 @@ def make_accelerator(precision: str, device: torch.device) -> Accelerator:
     return Accelerator(
         mixed_precision=precision,
         cpu=device.type == "cpu",
-        kwargs_handlers=[_frozen_buffers()],
+        kwargs_handlers=[_frozen_buffers(), InitProcessGroupKwargs(timeout=PATIENCE)],
         step_scheduler_with_optimizer=False,
     )
 

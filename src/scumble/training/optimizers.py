@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from scumble.errors import ConfigError, UnknownName
 from scumble.registry import Registry
 from scumble.settings import Settings
+from scumble.training.adamw8bit import AdamW8bit
 
 Groups = Sequence[Mapping[str, Any]]
 """Parameter groups as torch.optim takes them: `{"params": [...], "lr": rate, "name": ...}`."""
@@ -52,7 +53,7 @@ class OptimizerSettings(Settings):
     """How weights are moved."""
 
     name: str = "adamw"
-    """adamw, adamw8bit (needs bitsandbytes and a GPU) or prodigy (needs prodigyopt, finds the rate
+    """adamw, adamw8bit (keeps 2 bytes for each number that trains, not 8) or prodigy (needs prodigyopt, finds the rate
     itself)."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Learning rate at the schedule's top. For prodigy it multiplies the estimated rate: use 1.0."""
@@ -108,15 +109,8 @@ def adamw(settings: OptimizerSettings, groups: Groups) -> Optimizer:
 
 
 def adamw8bit(settings: OptimizerSettings, groups: Groups) -> Optimizer:
-    """AdamW whose running means are kept in 8 bits (Dettmers et al., 2022), from bitsandbytes."""
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise ConfigError(
-            f"optimizer adamw8bit needs bitsandbytes, which can't be imported ({error}). "
-            'Install it (pip install "scumble[bitsandbytes]"), or choose optimizer "adamw".'
-        ) from error
-    return bitsandbytes.optim.AdamW8bit(
+    """AdamW whose running means are kept in 8 bits (Dettmers et al., 2022), on any device."""
+    return AdamW8bit(
         [dict(group) for group in groups],
         lr=settings.learning_rate,
         betas=settings.betas,

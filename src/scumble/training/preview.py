@@ -54,7 +54,8 @@ class Previewer:
             FormatError, AdapterError: the file can't be used with this base.
         """
         notes: list[str] = []
-        with resting(self._base.roots), Session(self._base) as session:
+        # one at a time: drawing must not need more memory than training did
+        with resting(self._base.roots), Session(self._base, batch_size=1) as session:
             if not self._drawn:
                 drawings = [drawing for request in self._requests for drawing in session.generate(request)]
                 self._drawn = [

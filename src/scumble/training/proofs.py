@@ -6,13 +6,16 @@ Legend: `parameters` maps names to what trains, e.g. "unet.down_blocks.….to_q.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from scumble.data.together import Together
 from scumble.errors import NothingTrained, TrainingError
+from scumble.training.state import compare
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -114,6 +117,23 @@ def check_dtypes(parameters: Mapping[str, nn.Parameter], when: str) -> None:
                 "must be torch.float32 and require gradients. Something cast or froze the live model; cast "
                 "a copy instead."
             )
+
+
+def check_same_run(identity: Mapping[str, Any], together: Together) -> None:
+    """Before the first step, every process must be about to train the same: the same pictures, base and settings.
+
+    Raises:
+        TrainingError: names the processes that differ, and in what.
+    """
+    every = together.gather(json.loads(json.dumps(identity)))
+    others = {rank: compare(every[0], other) for rank, other in enumerate(every) if other != every[0]}
+    if others:
+        rank, differences = next(iter(others.items()))
+        raise TrainingError(
+            f"Process(es) {', '.join(map(str, others))} would train something else than process 0. Process 0's value "
+            f"-> process {rank}'s:\n" + "\n".join(f"  {line}" for line in differences) + "\n"
+            "Give every machine the same pictures, base, settings and versions."
+        )
 
 
 def check_processes_agree(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:

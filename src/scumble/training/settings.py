@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from scumble.settings import Settings
 from scumble.training.objective import ObjectiveSettings
@@ -28,8 +28,21 @@ class TrainSettings(Settings):
     """How a step is computed: eager (one operation after the other), compile (torch.compile on the base's repeated
     blocks; needs a C++ compiler, on a GPU Triton; the first steps take longer) or graph (whole steps recorded as CUDA
     graphs, on a GPU). What can't be done here is done eagerly, and said."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about half the memory for about 1.4 times the time."""
+    quantization: Literal["none", "int8", "nf4", "fp8"] = "none"
+    """What the frozen weights in the denoiser's blocks are held in: none (as they are, in the precision), int8 or fp8
+    (about 1 byte each, int8 is the more exact) or nf4 (half a byte). Each is made anew when it is multiplied: less
+    memory, a longer step. What trains is fp32 as ever."""
+    gradient_checkpointing: bool | Literal["auto"] | tuple[str, ...] = False
+    """Recompute activations in the backward pass: true is about half the memory for about 1.4 times the time. Patterns
+    of blocks, e.g. ["unet.up_blocks.*"], recompute these alone; auto takes the cheapest set that fits
+    memory_budget."""
+    memory_budget: float | None = Field(default=None, gt=0)
+    """GiB that a run may take: one that is predicted to need more is refused before it begins, with the settings that
+    would fit (see docs/memory.md). Unset: on a GPU what is free there, on a CPU no limit."""
+    offload: Literal["none", "blocks"] = "none"
+    """blocks: the denoiser's frozen blocks wait in host memory, and each is sent to the GPU one block ahead of its
+    turn. Two of them are there at a time; a step is longer where they arrive later than they are needed. With
+    engine = "eager", in one process."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm; none leaves them as they are."""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -50,6 +63,9 @@ class TrainSettings(Settings):
     """Steps between measurements of the loss on held-out pictures; 0: none on the way."""
     nonfinite_limit: int = Field(default=10, ge=1)
     """Stop after this many steps in a row whose loss or gradient was not finite."""
+    process_timeout: float = Field(default=30, ge=5)
+    """Seconds without a sign of life from a process on another machine after which the run ends; on the same machine
+    it is known at once. How long a process works makes no difference."""
     log_every: int = Field(default=1, ge=1)
     """Steps between reports. On a fast GPU, 10 or more spares it from waiting for the host at each step."""
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -58,3 +74,12 @@ class TrainSettings(Settings):
     """How the learning rate changes over the run."""
     objective: ObjectiveSettings = ObjectiveSettings()
     """What is minimised."""
+
+    @model_validator(mode="after")
+    def _blocks_that_move_are_not_recorded(self) -> TrainSettings:
+        if self.offload != "none" and self.engine != "eager":
+            raise ValueError(
+                f'engine = "{self.engine}" keeps to the places where weights were when it began, and offload = '
+                f'"{self.offload}" moves them. Choose one of both: the engine for time, offload for memory.'
+            )
+        return self

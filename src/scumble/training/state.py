@@ -121,6 +121,12 @@ def save(
     return folder
 
 
+def mark(folder: Path) -> str:
+    """sha256 that two checkpoints share if they are the same; "" where there is none."""
+    manifest = folder / MANIFEST
+    return _sha256(manifest) if manifest.is_file() else ""
+
+
 def load(folder: Path) -> TrainState:
     """Read a checkpoint back.
 

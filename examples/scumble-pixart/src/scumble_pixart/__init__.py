@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from scumble.adapters.layers import base_state
 from scumble.errors import ModelError
 from scumble.models.configs import BaseFacts, Configs
+from scumble.models.dtypes import accept_any, agree, computing
 from scumble.models.family import BaseModel, Components, Conditioning, Frame, fingerprint
 from scumble.models.latents import LatentSpace, factor_of
 from scumble.models.prediction import prediction_from, prediction_type
@@ -37,16 +39,20 @@ class PixArtBase(BaseModel):
     usual_guidance = 4.5
 
     def __init__(self, parts: Components, *, dtype: torch.dtype, device: torch.device) -> None:
-        """`parts` hold all of `PARTS`; modules are moved to `device` and `dtype`, and frozen in place."""
+        """`parts` hold all of `PARTS`; modules are moved to `device`, each to the dtype that `parts` says of it or to
+        `dtype`, and frozen in place."""
         self.family, self.name, self.notes = PixArtSigma.name, parts.name, parts.notes
-        self.device, self.dtype = torch.device(device), dtype
+        self.device, self.dtype = torch.device(device), parts.dtype_of("transformer", dtype)
         modules: Mapping[str, Any] = parts.modules
         self.transformer, self.vae = modules["transformer"], modules["vae"]
         self.text_encoder = modules["text_encoder"]
         self.scheduler: Any = parts.scheduler
-        for module in (self.transformer, self.vae, self.text_encoder):
-            nn.Module.to(module, self.device, dtype)
+        for name, module in modules.items():
+            nn.Module.to(module, self.device, parts.dtype_of(name, dtype))
             module.requires_grad_(False).eval()
+        if parts.dtypes:
+            self.dtypes = {name: parts.dtype_of(name, dtype) for name in modules}
+            accept_any(self.vae)
         self.roots = {"transformer": self.transformer, "text_encoder": self.text_encoder}
         self.prediction = prediction_from(self.scheduler.config)
         self.latents = LatentSpace(self.vae)
@@ -67,7 +73,7 @@ class PixArtBase(BaseModel):
         ids, mask = self.words.ids([_plain(prompt) for prompt in prompts])
         ids, mask = ids.to(self.device), mask.to(self.device)
         trains = any(parameter.requires_grad for parameter in self.text_encoder.parameters())
-        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()), self._in_its_own("text_encoder"):
             tokens: Tensor = self.text_encoder(ids, attention_mask=mask)[0]
         return Conditioning(tokens.to(self.text_encoder.dtype), mask=mask)
 
@@ -77,27 +83,34 @@ class PixArtBase(BaseModel):
     def denoise(self, latents: Tensor, t: Tensor, conditioning: Conditioning, frame: Frame) -> Tensor:
         """(B, C, h, w), t (B,) -> (B, C, h, w) fp32: the mean, without the variance that is predicted beside it."""
         assert conditioning.mask is not None
-        out: Tensor = self.transformer(
-            latents.to(self.device, self.dtype),
-            encoder_hidden_states=conditioning.tokens.to(self.device, self.dtype),
-            encoder_attention_mask=conditioning.mask.to(self.device),
-            timestep=t.to(self.device),
-            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-            return_dict=False,
-        )[0]
+        with self._in_its_own("transformer"):
+            out: Tensor = self.transformer(
+                latents.to(self.device, self.dtype),
+                encoder_hidden_states=conditioning.tokens.to(self.device, self.dtype),
+                encoder_attention_mask=conditioning.mask.to(self.device),
+                timestep=t.to(self.device),
+                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+                return_dict=False,
+            )[0]
         return out[:, : self.latent_channels].float()
+
+    def _in_its_own(self, component: str) -> AbstractContextManager[Any]:
+        return computing(self.dtypes.get(component), self.device)
 
     def pipeline(self) -> PixArtSigmaPipeline:
         """A PixArtSigmaPipeline over these very modules."""
         from diffusers import PixArtSigmaPipeline
 
-        return PixArtSigmaPipeline(
+        pipeline = PixArtSigmaPipeline(
             tokenizer=self.words.tokenizer,
             text_encoder=self.text_encoder,
             vae=self.vae,
             transformer=self.transformer,
             scheduler=type(self.scheduler).from_config(self.scheduler.config),
         )
+        if self.dtypes:
+            agree(pipeline, self.dtype, self.latents)
+        return pipeline
 
     def asked(
         self, prompts: Sequence[str], negatives: Sequence[str] | None, guidance: float

@@ -1,0 +1,54 @@
+"""Heap: memory that was freed, given back to the system.
+
+glibc keeps freed memory for the next request. Between the stages of a run, whose tensors differ in size, that is
+memory that nobody uses: after a base is loaded, before a second one is. And where a few small tensors stay among many
+that go, as with gradient checkpointing, what lies between them is too small for the next: a step then takes twice what
+its tensors do. `tight` has each larger tensor mapped by itself, so that it is gone when it is freed; that takes time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+M_MMAP_THRESHOLD = -3
+"""glibc's name of the size from which a request is mapped by itself (malloc.h)."""
+MAPPED = 256 * 2**10
+"""That size while memory is scarce."""
+LARGEST = 32 * 2**20
+"""What glibc raises it to by itself, at most."""
+
+
+def give_back() -> None:
+    """Collect garbage, and have the C library return what is free. Elsewhere than on glibc, only the former."""
+    gc.collect()
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+@contextmanager
+def tight(on: bool) -> Iterator[None]:
+    """Inside, if `on`, what is `MAPPED` bytes or larger is given back as soon as it is freed. Afterwards as glibc does
+    it when it has seen large tensors. Elsewhere than on glibc it changes nothing."""
+    library = _glibc() if on else None
+    if library is not None:
+        library.mallopt(M_MMAP_THRESHOLD, MAPPED)
+    try:
+        yield
+    finally:
+        if library is not None:
+            library.mallopt(M_MMAP_THRESHOLD, LARGEST)
+
+
+@cache
+def _glibc() -> Any:
+    if not sys.platform.startswith("linux"):
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "malloc_trim") and hasattr(library, "mallopt") else None

@@ -46,6 +46,8 @@ METHODS = (
     "dreambooth, + prior prediction",
     "pivotal",
     "pivotal, joint",
+    "pivotal, unet",
+    "pivotal, unet, joint",
 )
 ADAPTER = {"rank": 16, "dropout": 0.2, "targets": "attention+conv"}
 TRAIN = {
@@ -74,6 +76,7 @@ COLUMNS = {
 def settings_of(method: str, subject: str, steps: int) -> dict[str, Any]:
     """The run's settings beside data, output and seed."""
     word = {"placeholders": subject, "initial": CLASS, "vectors": 4, "learns": "captions"}
+    text_encoder = {"train_text_encoder": True, "text_encoder_learning_rate": 2e-4}
     prior = {"prior": "images", "class_prompt": f"a {CLASS}", "class_count": 24}
     pivot = {
         **word,
@@ -89,15 +92,17 @@ def settings_of(method: str, subject: str, steps: int) -> dict[str, Any]:
         "dreambooth, unet": {"method": "dreambooth"},
         "dreambooth, + text encoder": {
             "method": "dreambooth",
-            "dreambooth": {"train_text_encoder": True, "text_encoder_learning_rate": 2e-4},
+            "dreambooth": text_encoder,
         },
         "dreambooth, + prior images": {"method": "dreambooth", "dreambooth": prior},
         "dreambooth, + prior prediction": {
             "method": "dreambooth",
             "dreambooth": {"prior": "prediction", "class_prompt": f"a {CLASS}"},
         },
-        "pivotal": {"method": "pivotal", "pivotal": pivot},
-        "pivotal, joint": {"method": "pivotal", "pivotal": {**pivot, "joint": True}},
+        "pivotal": {"method": "pivotal", "pivotal": {**pivot, **text_encoder}},
+        "pivotal, joint": {"method": "pivotal", "pivotal": {**pivot, **text_encoder, "joint": True}},
+        "pivotal, unet": {"method": "pivotal", "pivotal": pivot},
+        "pivotal, unet, joint": {"method": "pivotal", "pivotal": {**pivot, "joint": True}},
     }
     chosen = own[method]
     common = {

@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile
+# one thread each on two cores; a third worker, because tests of processes wait
 
 .PHONY: setup demo check test test-all clean
 
@@ -21,7 +23,10 @@ check: setup       ## format, lint, types
 	$(BIN)/mypy src/scumble
 
 test: setup        ## everything that protects the main job
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile  # one thread each; a third worker, because tests of processes wait
+	$(PYTEST) -m "not thorough"
+
+test-all: setup    ## every case: every mix of dtypes in every family, two hosts, photographs
+	$(PYTEST)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

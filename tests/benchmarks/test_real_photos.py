@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_it_runs_and_its_files_load(tmp_path: Path) -> None:
     (tmp_path / "photos" / "blue_box").mkdir(parents=True)
     for number in range(2):

@@ -22,7 +22,7 @@ ADDRESSES = ("10.77.7.1", "10.77.7.2")
 NAMES = tuple(f"scumble-{os.getpid()}-{number}" for number in (0, 1))
 CABLE = tuple(f"sc{os.getpid() % 100000}-{number}" for number in (0, 1))
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.thorough]
 
 
 def sh(*command: str) -> None:

@@ -313,7 +313,9 @@ except Exception as error:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("failing", ["0", "1", "01"])
+@pytest.mark.parametrize(
+    "failing", [*(pytest.param(rank, marks=pytest.mark.thorough) for rank in ("0", "1")), "01"]
+)
 def test_of_several_processes_all_end_and_the_step_is_kept(tmp_path: Path, failing: str) -> None:
     root = Path(__file__).parents[2]
     script, folder = tmp_path / "train.py", tmp_path / "run"

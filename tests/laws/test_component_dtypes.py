@@ -29,7 +29,7 @@ QUICK = (("sd1", "texts"), ("sdxl", "one text"), ("sd3", "one text"), ("flux", "
 """What stands for every family with every mix in the quick tests."""
 CASES = [
     pytest.param(
-        family, mix, marks=() if (family, mix) in QUICK else pytest.mark.thorough, id=f"{family}-{mix}"
+        family, mix, marks=() if (family, mix) in QUICK else THOROUGH, id=f"{family}-{mix}"
     )
     for family in FAMILIES
     for mix in MIXES
@@ -161,7 +161,7 @@ def test_a_step_trains_with_a_loss_close_to_fp32s(
 
 
 @pytest.mark.parametrize(
-    "family", ["sd1", *(pytest.param(f, marks=pytest.mark.thorough) for f in FAMILIES if f != "sd1")]
+    "family", ["sd1", *(pytest.param(f, marks=THOROUGH) for f in FAMILIES if f != "sd1")]
 )
 def test_a_component_in_fp32_computes_in_it_within_a_step_in_bf16(folders: Folders, family: str) -> None:
     denoiser, texts = names_in(folders[family])
@@ -215,7 +215,7 @@ def test_adapters_merge_into_every_dtype_and_leave_no_trace(folders: Folders, fa
 
 @pytest.mark.parametrize(
     "family",
-    ["sdxl-inpainting", *(pytest.param(f"sd{n}-inpainting", marks=pytest.mark.thorough) for n in (1, 2))],
+    ["sdxl-inpainting", *(pytest.param(f"sd{n}-inpainting", marks=THOROUGH) for n in (1, 2))],
 )
 def test_painting_into_a_picture_leaves_the_vae_as_it_was(
     folders: Folders, family: str, tmp_path: Path

@@ -58,7 +58,7 @@ def _memory(forecast: Forecast) -> Iterator[Table | Text]:
     for moment in forecast.moments:
         style = "bold" if moment is peak else ""
         bar = _bar(moment, scale)
-        table.add_row(Text(moment.name, style), Text(said(moment.total), style), bar, _shares(moment))
+        table.add_row(Text(moment.name, style), Text(said(moment.total), style), bar, moment.largest)
     yield table
     budget = "" if forecast.budget is None else f"; it may take {said(forecast.budget)}"
     text = f"Most is taken in {peak.name}: {said(peak.total)}{budget}. "
@@ -77,11 +77,6 @@ def _bar(moment: Moment, scale: int) -> Text:
         bar.append("█" * (until - drawn), COLOURS.get(share.name, "blue"))
         drawn = until
     return bar
-
-
-def _shares(moment: Moment) -> str:
-    most = sorted(moment.shares, key=lambda share: -share.size)[:4]
-    return ", ".join(f"{share.name} {said(share.size)}" for share in most)
 
 
 def _time(outlook: Outlook) -> Table:

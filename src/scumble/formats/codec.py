@@ -35,6 +35,7 @@ from scumble.formats.pairs import NO_LAYER, Decoded, count
 from scumble.formats.seal import sealed
 from scumble.formats.stored import Stored
 from scumble.formats.tables.bases import TITLES, WIDTHS, told_by
+from scumble.header_dtypes import word_of
 from scumble.registry import Registry
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ def write(
     _refuse_non_finite(_tensors(state), "refusing to save")
     if dtype is not None:
         state = _cast(state, dtype)
-        word = str(dtype).removeprefix("torch.")
+        word = word_of(dtype)
         said = f"refusing to save: too large for {word}, take bfloat16 or float32"
         _refuse_non_finite(_tensors(state), said)
     file = codec.encode(state)

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 import numpy as np
 
 from scumble.errors import FormatError
-from scumble.formats.stored import DTYPES, Stored, bytes_of, code_of, dtype_of
+from scumble.formats.stored import Stored, bytes_of, code_of
+from scumble.header_dtypes import DTYPES, dtype_of
 
 if TYPE_CHECKING:
     from torch import Tensor

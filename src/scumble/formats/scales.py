@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from scumble.errors import FormatError
 from scumble.formats.container import TensorFile
 from scumble.formats.metadata import LAYERS, LayerFacts, layer_facts
-from scumble.formats.stored import DTYPES, code_of
+from scumble.formats.stored import code_of
+from scumble.header_dtypes import DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+
+from scumble.header_dtypes import DTYPES, code_for, dtype_of, word_of
 
 if TYPE_CHECKING:
     import torch
@@ -20,39 +22,6 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 2**18
 """Numbers that are looked at together: as many as fit a processor's cache."""
-
-
-class Dtype(NamedTuple):
-    """A dtype of safetensors files."""
-
-    name: str
-    """torch's name for it."""
-    itemsize: int
-    """Bytes."""
-    not_finite: int = 0
-    """The smallest bits, without the sign, of what is no finite number; 0 for integers."""
-    eps: float = 0.0
-    """The distance from 1 to the next number; 0 for integers."""
-    numpy: str = ""
-    """numpy's name for it, where it has one."""
-
-
-DTYPES = {
-    "F64": Dtype("float64", 8, 0x7FF0000000000000, 2.0**-52, "<f8"),
-    "F32": Dtype("float32", 4, 0x7F800000, 2.0**-23, "<f4"),
-    "F16": Dtype("float16", 2, 0x7C00, 2.0**-10, "<f2"),
-    "BF16": Dtype("bfloat16", 2, 0x7F80, 2.0**-7),
-    "F8_E4M3": Dtype("float8_e4m3fn", 1, 0x7F, 2.0**-3),
-    "F8_E5M2": Dtype("float8_e5m2", 1, 0x7C, 2.0**-2),
-    "I64": Dtype("int64", 8, numpy="<i8"),
-    "I32": Dtype("int32", 4, numpy="<i4"),
-    "I16": Dtype("int16", 2, numpy="<i2"),
-    "I8": Dtype("int8", 1, numpy="|i1"),
-    "U8": Dtype("uint8", 1, numpy="|u1"),
-    "BOOL": Dtype("bool", 1, numpy="|b1"),
-}
-"""Their names in a header -> what they are."""
-_CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 
 
 class Stored:
@@ -175,18 +144,6 @@ def _torch(value: Any) -> Any:
     return type(value)(map(_torch, value)) if type(value) in (list, tuple) else value
 
 
-def dtype_of(code: str) -> torch.dtype:
-    """torch's dtype for a name in a header."""
-    import torch
-
-    return cast("torch.dtype", getattr(torch, DTYPES[code].name))
-
-
-def code_for(dtype: torch.dtype) -> str | None:
-    """The inverse of `dtype_of`; None where safetensors has no such dtype."""
-    return _CODES.get(str(dtype).removeprefix("torch."))
-
-
 def code_of(tensor: Tensor) -> str | None:
     """The name in a header of a tensor's dtype; None where safetensors has none."""
     return cast(str, tensor.code) if isinstance(tensor, Stored) else code_for(tensor.dtype)
@@ -196,7 +153,7 @@ def dtype_name(tensor: Tensor) -> str:
     """torch's name for a tensor's dtype: "float16"."""
     if isinstance(tensor, Stored):
         return DTYPES[tensor.code].name
-    return str(tensor.dtype).removeprefix("torch.")
+    return word_of(tensor.dtype)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from scumble.errors import FormatError
 from scumble.formats.container import HEADER_LIMIT, _open, _parse, replacing
-from scumble.formats.stored import bytes_of, code_for, code_of, dtype_of
+from scumble.formats.stored import bytes_of, code_of
+from scumble.header_dtypes import code_for, dtype_of
 
 CHUNK = 16 * 2**20
 """Bytes copied at once."""

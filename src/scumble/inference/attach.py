@@ -28,6 +28,7 @@ from scumble.formats.container import PEFT_NAME, WEIGHTS_NAME
 from scumble.formats.inspection import is_idle
 from scumble.formats.keymap import ROOTS
 from scumble.formats.tables.bases import WIDTHS, told_by
+from scumble.header_dtypes import word_of
 from scumble.inference.provenance import Match, Used, compare
 from scumble.models.family import BaseModel, fingerprint
 from scumble.models.prediction import FLOW_SAMPLED, Flow
@@ -310,7 +311,7 @@ def _used(
         return Used(name, family, base.fingerprint())
     if held:
         return Used(name, family, why=f"they are held in {held}")
-    word = str(weight.dtype).removeprefix("torch.")
+    word = word_of(weight.dtype)
     return Used(
         name, family, why=f"they are rounded to {word} (load the pipeline in float16 or float32 to compare)"
     )

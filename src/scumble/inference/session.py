@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from scumble.adapters import Adapter
 from scumble.adapters.layers import places
 from scumble.errors import AdapterError, ModelError, OutOfMemory, PrecisionError
+from scumble.header_dtypes import word_of
 from scumble.inference import attach
 from scumble.inference.canvas import Canvas, canvas_of
 from scumble.inference.drawing import Drawing
@@ -530,7 +531,7 @@ class Session:
                 recover(error)  # a picture needs more than its latents: one by one, then
         if len(latents) > 1:
             return [one for row in latents for one in self._pixels(row[None])]
-        word = str(self.base.dtype).removeprefix("torch.")
+        word = word_of(self.base.dtype)
         advice = "" if word == "float32" else "float32, "
         return [
             f"The picture is black: the denoiser gave NaN in {word}. Try {advice}a smaller strength or "
@@ -588,7 +589,7 @@ class Session:
             "version": f"scumble {__version__}",
             "base": self.base.name,
             "family": self.base.family,
-            "dtype": str(self.base.dtype).removeprefix("torch."),
+            "dtype": word_of(self.base.dtype),
             **self._dtypes(),
             **({"quantization": self.base.quantization} if self.base.quantization != "none" else {}),
             "scheduler": scheduler,
@@ -597,7 +598,7 @@ class Session:
         }
 
     def _dtypes(self) -> dict[str, dict[str, str]]:
-        found = {name: str(dtype).removeprefix("torch.") for name, dtype in self.base.dtypes.items()}
+        found = {name: word_of(dtype) for name, dtype in self.base.dtypes.items()}
         return {"dtypes": found} if found else {}
 
 

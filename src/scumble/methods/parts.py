@@ -14,6 +14,7 @@ import scumble
 from scumble.adapters.adapter import Adapter
 from scumble.adapters.state import AdapterState, Metadata
 from scumble.errors import NoEffect, TrainingError
+from scumble.header_dtypes import word_of
 from scumble.methods.method import Ingredients
 from scumble.models.family import BaseModel, Frame
 from scumble.models.heap import give_back
@@ -32,6 +33,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Largest difference between the saved file and the live model, relative to the largest output (about 1), by
 the coarsest dtype among the base's. It is 0 on one device; a fresh base may choose other kernels."""
 
+PROOF_LEVELS = (0.2, 0.5, 0.8)
+"""Noise levels at which the saved file is proven, at once: shares of all that there are."""
 
 PROOF_SIDE = 16
 """Latents along one side, at most, of the picture that the saved file is proven with: every layer answers, and at
@@ -112,18 +115,14 @@ def identity(ingredients: Ingredients) -> dict[str, Any]:
     return {
         "base": base.fingerprint(),
         "prediction": base.prediction.name,
-        "base dtype": _word(base.dtype),
+        "base dtype": word_of(base.dtype),
         **({"quantization": base.quantization} if base.quantization != "none" else {}),
-        **({"dtypes": {name: _word(dtype) for name, dtype in base.dtypes.items()}} if base.dtypes else {}),
+        **({"dtypes": {name: word_of(dtype) for name, dtype in base.dtypes.items()}} if base.dtypes else {}),
         "adapter": ingredients.adapter.model_dump(mode="json"),
         "targets": [targets] if isinstance(targets, str) else list(targets),
         "objective": ingredients.train.objective.model_dump(mode="json"),
         **({"method": options} if (options := _said(ingredients.options)) else {}),
     }
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _said(options: Settings) -> dict[str, Any]:
@@ -239,8 +238,10 @@ def _answers(base: BaseModel, streams: Streams, prompt: str) -> Tensor:
     """The denoiser's answers at three noise levels to `prompt` and fixed latents, (3, C, h, w) fp32 on the
     CPU."""
     side = base.latent_side(PROOF_SIDE)
-    latents = streams.normal("verify", range(3), (base.latent_channels, side, side)).to(base.device)
-    t = base.prediction.from_uniform(torch.tensor([0.2, 0.5, 0.8])).to(base.device)
-    conditioning = base.encode_prompts([prompt] * 3)
-    frame = Frame.plain(3, side * base.latent_factor, side * base.latent_factor)
+    latents = streams.normal("verify", range(len(PROOF_LEVELS)), (base.latent_channels, side, side)).to(
+        base.device
+    )
+    t = base.prediction.from_uniform(torch.tensor(PROOF_LEVELS)).to(base.device)
+    conditioning = base.encode_prompts([prompt] * len(PROOF_LEVELS))
+    frame = Frame.plain(len(PROOF_LEVELS), side * base.latent_factor, side * base.latent_factor)
     return base.denoise(latents, t, conditioning, frame).float().cpu()

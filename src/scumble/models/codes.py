@@ -58,7 +58,8 @@ class Code(ABC):
     @torch.no_grad()
     def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(codes (n, BLOCK * bits / 8), scales (n, 2)), both as bytes, which no cast of a model
-        to another dtype touches. n is the number of blocks; the last is filled with zeros.
+        to another dtype touches. n is the number of blocks; the last is filled with zeros. On the meta device it is
+        sizes alone.
 
         Raises:
             ModelError: a number is infinite or NaN.
@@ -67,7 +68,7 @@ class Code(ABC):
         blocks = -(-flat.numel() // BLOCK)
         codes = torch.empty(blocks, BLOCK * self.bits // 8, dtype=torch.uint8, device=flat.device)
         scales = torch.empty(blocks, 1, dtype=torch.bfloat16, device=flat.device)
-        for begin in range(0, blocks, PIECE):
+        for begin in range(0, 0 if flat.is_meta else blocks, PIECE):
             end = min(begin + PIECE, blocks)
             piece = flat[begin * BLOCK : end * BLOCK].float()
             piece = F.pad(piece, (0, (end - begin) * BLOCK - piece.numel())).view(-1, BLOCK)

@@ -20,6 +20,9 @@ from scumble.errors import ModelError
 STEMS = ("diffusion_pytorch_model", "model")
 """How diffusers and transformers call their weight files."""
 
+DENOISERS = ("unet", "transformer")
+"""What a base's denoiser is called."""
+
 WEIGHTLESS = ("scheduler", "tokenizer", "feature_extractor", "image_processor")
 """Components without weights, by the beginning of their name."""
 
@@ -254,7 +257,7 @@ def read_folder(
         headers = [read_header(path) for path in files]
         if headers:
             parameters[part] = sum(header.parameters for header in headers)
-            if part in ("unet", "transformer"):
+            if part in DENOISERS:
                 weights_dtype = headers[0].dtype
     pipeline = index.get("_class_name", "")
     pipeline = pipeline[-1] if isinstance(pipeline, list) else str(pipeline)
@@ -262,6 +265,11 @@ def read_folder(
         key: value for key, value in index.items() if not key.startswith("_") and not isinstance(value, list)
     }
     return Configs(name, pipeline, parts, tuple(missing), (), parameters, weights_dtype, options=options)
+
+
+def weighty(configs: Configs) -> tuple[str, ...]:
+    """Its components that have weights, by name."""
+    return tuple(part for part in configs.parts if not part.startswith(WEIGHTLESS))
 
 
 def is_ignored(part: str) -> bool:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from scumble.errors import ModelError, UnknownName, did_you_mean
+from scumble.header_dtypes import word_of
 from scumble.models.precision import DTYPES
 
 if TYPE_CHECKING:
     from scumble.models.latents import LatentSpace
 
-SPELLED: dict[str, torch.dtype] = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+SPELLED: dict[str, torch.dtype] = {word_of(dtype): dtype for dtype in DTYPES.values()}
 """torch's names of the dtypes: "float32" is "fp32"."""
 
 
@@ -52,7 +53,7 @@ def dtype_spelled(name: str | torch.dtype) -> torch.dtype:
     Raises:
         UnknownName: none is called so.
     """
-    name = str(name).removeprefix("torch.")
+    name = word_of(name)
     if name not in DTYPES and name not in SPELLED:
         raise UnknownName("dtype", name, DTYPES)
     return DTYPES[name] if name in DTYPES else SPELLED[name]
@@ -60,7 +61,7 @@ def dtype_spelled(name: str | torch.dtype) -> torch.dtype:
 
 def short(dtype: torch.dtype) -> str:
     """What people call it: "fp32" for torch.float32."""
-    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
+    return next((name for name, known in DTYPES.items() if known == dtype), word_of(dtype))
 
 
 def own_dtypes(

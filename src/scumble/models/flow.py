@@ -14,14 +14,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from scumble.adapters.adapted import Adapted
-from scumble.adapters.tokens import TokenTable
 from scumble.errors import ModelError
 from scumble.models.configs import BaseFacts, Configs
 from scumble.models.family import BaseModel, Components
 from scumble.models.latent_base import LatentBase
 from scumble.models.latents import factor_of
 from scumble.models.prediction import Flow, prediction_type
+from scumble.models.resting import in_use
 from scumble.models.text import Words
 
 
@@ -133,7 +132,7 @@ class FlowBase(LatentBase):
         super().release()
         if self._t5 is None or self._t5_later is None or self._claimed:
             return
-        if not any(isinstance(module, Adapted | TokenTable) for module in self._t5.modules()):
+        if not in_use(self._t5):
             self._t5 = None
             self._arrange()
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from scumble.errors import ModelError
-from scumble.models.codes import BLOCK, Code, code_named
-from scumble.models.configs import WEIGHTLESS, weight_files
+from scumble.models.codes import code_named
+from scumble.models.configs import weight_files, weighty
 from scumble.models.dtypes import Dtypes
 from scumble.models.family import BaseModel
 from scumble.models.loading import Look
@@ -55,17 +54,13 @@ def ghost(look: Look, dtypes: Dtypes, variant: str | None = None) -> Ghost:
             f"{configs.name} holds no vocabulary, so nothing can be played with it. Name a base that has one as its "
             "rest."
         )
-    modules = {
-        name: skeleton(name, config, configs.name)
-        for name, config in configs.parts.items()
-        if not name.startswith((*WEIGHTLESS, "tokenizer"))
-    }
+    modules = {name: skeleton(name, configs.parts[name], configs.name) for name in weighty(configs)}
     base = on_meta(configs, facts, modules, look.tokenizers, dtypes)
     code = code_named(dtypes.quantization)
     if code is not None:
         for path in layers_held(base.denoiser):
             layer: Any = base.denoiser.get_submodule(path)
-            hold(base.denoiser, path, cast(Code, _Sizes(code)), layer.weight, base.dtype)
+            hold(base.denoiser, path, code, layer.weight, base.dtype)
     base.denoiser.requires_grad_(False)
     return Ghost(
         base,
@@ -74,19 +69,6 @@ def ghost(look: Look, dtypes: Dtypes, variant: str | None = None) -> Ghost:
         facts.deferred,
         {name: _stored(look, name, variant) for name in modules},
     )
-
-
-class _Sizes:
-    """A code that gives its sizes and no numbers."""
-
-    def __init__(self, code: Code) -> None:
-        self._code, self.name = code, code.name
-
-    def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        blocks = -(-weight.numel() // BLOCK)
-        like = {"dtype": torch.uint8, "device": "meta"}
-        codes = torch.empty(blocks, BLOCK * self._code.bits // 8, **like)  # type: ignore[call-overload]
-        return codes, torch.empty(blocks, 2, **like)  # type: ignore[call-overload]
 
 
 def size_of(module: nn.Module) -> int:

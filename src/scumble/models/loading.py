@@ -20,9 +20,11 @@ import torch
 from torch import nn
 
 from scumble.errors import ModelError, did_you_mean
+from scumble.header_dtypes import dtype_of
 from scumble.models import FAMILIES, hub
 from scumble.models.codes import NONE, code_named
 from scumble.models.configs import (
+    DENOISERS,
     OTHER_ARCHITECTURES,
     WEIGHTLESS,
     BaseFacts,
@@ -31,6 +33,7 @@ from scumble.models.configs import (
     read_folder,
     read_header,
     weight_files,
+    weighty,
 )
 from scumble.models.dtypes import Dtypes, check_kept, own_dtypes
 from scumble.models.family import BaseModel, Components, Deferred, Frame, fingerprint
@@ -240,11 +243,6 @@ def load_base(
     if offload != NONE:
         park(base, computes)
     return base
-
-
-def weighty(configs: Configs) -> tuple[str, ...]:
-    """Its components that have weights, by name."""
-    return tuple(part for part in configs.parts if not part.startswith(WEIGHTLESS))
 
 
 def _predicting(parts: Components, kind: str, note: str) -> Components:
@@ -569,7 +567,7 @@ def _load_dtype(part: str, dtype: torch.dtype, files: Sequence[Path]) -> torch.d
         return torch.float32 if dtype == torch.float16 else dtype
     if part in DENOISERS and dtype == torch.bfloat16:  # which is rounded after the fingerprint is taken
         stored = {kind for file in files for kind, _ in read_header(file).tensors.values()}
-        return STORED.get(stored.pop(), torch.float32) if len(stored) == 1 else torch.float32
+        return dtype_of(*stored) if len(stored) == 1 and stored <= NARROW else torch.float32
     return dtype
 
 
@@ -772,11 +770,8 @@ def _load_by_pipeline(
     return modules
 
 
-DENOISERS = ("unet", "transformer")
-
-STORED = {"F16": torch.float16, "BF16": torch.bfloat16}
-"""Narrow dtypes as files spell them: what is stored in one is not widened on its way in."""
-"""What a base's denoiser is called."""
+NARROW = {"F16", "BF16"}
+"""Dtypes, as files spell them, that are not widened on their way in."""
 
 CLIP_WORDS = "CLIPTokenizer"
 """The class of the tokenizers that `tokenizer` of `load_base` names the vocabulary of."""

@@ -19,7 +19,7 @@ from scumble.adapters import Adapter, LoraSettings
 from scumble.errors import ModelError
 from scumble.models import FAMILIES
 from scumble.models.codes import CODES, NONE
-from scumble.models.configs import WEIGHTLESS, BaseFacts, Configs
+from scumble.models.configs import DENOISERS, BaseFacts, Configs, weighty
 from scumble.models.dtypes import Dtypes, own_dtypes
 from scumble.models.family import BaseModel, Components, Deferred, Frame
 from scumble.models.quantized import layers_held
@@ -111,12 +111,8 @@ def needs_of(
         UnknownName: `dtypes` names a dtype that there is not.
     """
     kept = Dtypes(dtype, own_dtypes(dtypes, facts.components, facts.name))
-    modules = {
-        name: skeleton(name, config, configs.name)
-        for name, config in configs.parts.items()
-        if not name.startswith((*WEIGHTLESS, "tokenizer"))
-    }
-    order = sorted(modules, key=lambda name: (name not in ("unet", "transformer"), name))
+    modules = {name: skeleton(name, configs.parts[name], configs.name) for name in weighty(configs)}
+    order = sorted(modules, key=lambda name: (name not in DENOISERS, name))
     parts = tuple(
         Part(
             name,
@@ -124,7 +120,7 @@ def needs_of(
             sum(p.numel() for p in modules[name].parameters()),
             size_in(modules[name], kept.of(name)),
             name in facts.deferred,
-            _held(modules[name], kept.of(name)) if name in ("unet", "transformer") else {},
+            _held(modules[name], kept.of(name)) if name in DENOISERS else {},
         )
         for name in order
     )

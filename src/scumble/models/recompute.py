@@ -26,7 +26,7 @@ def blocks_of(name: str, root: nn.Module, classes: Collection[str]) -> dict[str,
     return {
         f"{name}.{path}": module
         for path, module in root.named_modules()
-        if type(module).__name__ in classes or LAYER in {kind.__name__ for kind in type(module).__mro__}
+        if type(module).__name__ in classes or _is_layer(module)
     }
 
 
@@ -91,5 +91,9 @@ def recompute(root: nn.Module, chosen: Collection[nn.Module] | None) -> None:
             getattr(layer, "dropout", None), float
         ):
             layer.training = on
-            if on and chosen is not None and LAYER in {kind.__name__ for kind in type(layer).__mro__}:
+            if on and chosen is not None and _is_layer(layer):
                 layer.gradient_checkpointing = layer.training = layer in chosen
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return LAYER in {kind.__name__ for kind in type(module).__mro__}

@@ -44,7 +44,7 @@ class Rest:
             return True
         parameters = dict(self.module.named_parameters())
         on_cpu = all(parameter.device.type == "cpu" for parameter in parameters.values())
-        if not parameters or (on_cpu and self._again is None) or _in_use(self.module):
+        if not parameters or (on_cpu and self._again is None) or in_use(self.module):
             return False
         self._watch()
         for name, parameter in parameters.items():
@@ -93,7 +93,8 @@ class Rest:
         self._watching = True
 
 
-def _in_use(module: nn.Module) -> bool:
+def in_use(module: nn.Module) -> bool:
+    """Whether something in it trains, or an adapter or a word was put into it."""
     return any(isinstance(part, Adapted | TokenTable) for part in module.modules()) or any(
         parameter.requires_grad for parameter in module.parameters()
     )

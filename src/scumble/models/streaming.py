@@ -16,27 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from scumble.errors import ModelError
+from scumble.header_dtypes import DTYPES, dtype_of
 from scumble.models.codes import code_named
 from scumble.models.configs import read_header
 from scumble.models.family import Fingerprint
 from scumble.models.file_weights import unfilled
 from scumble.models.quantized import hold, layers_held, nothing_to_hold
-
-KINDS: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""What a .safetensors header calls the dtypes."""
 
 
 class Stored(Mapping[str, Tensor]):
@@ -54,9 +39,9 @@ class Stored(Mapping[str, Tensor]):
         for file in files:
             header = read_header(file)
             for name, (kind, shape) in header.tensors.items():
-                if kind not in KINDS:
-                    raise ModelError(f"{file}: tensor {name!r} has dtype {kind}. Known: {', '.join(KINDS)}.")
-                self._places[name] = (file, *header.spans[name], KINDS[kind])
+                if kind not in DTYPES:
+                    raise ModelError(f"{file}: tensor {name!r} has dtype {kind}. Known: {', '.join(DTYPES)}.")
+                self._places[name] = (file, *header.spans[name], dtype_of(kind))
                 self.shapes[name] = shape
         self._open: dict[Path, BufferedReader] = {}
 

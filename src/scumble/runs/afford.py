@@ -17,9 +17,8 @@ from scumble.methods.prior import PriorSettings
 from scumble.models.ledger import Inside
 from scumble.models.precision import check_precision, dtype_named, find_device
 from scumble.runs.config import RunConfig, section
-from scumble.runs.forecast import TRAINING, Forecast, Forecaster, budget_of, said
+from scumble.runs.forecast import Forecast, Forecaster, budget_of, said
 from scumble.runs.rehearsal import NotPlayable
-from scumble.training.settings import TrainSettings
 
 FINE = 512
 """Parts into which what has to be freed is cut: sizes are told that finely."""
@@ -111,6 +110,25 @@ def settle(forecaster: Forecaster, config: RunConfig | None = None) -> Forecast:
     return forecaster.forecast(config, True)
 
 
+def predicted(config: RunConfig, report: DataReport | None) -> tuple[Forecaster, Forecast]:
+    """What the run takes, with "auto" settled; and who forecasts it otherwise.
+
+    Raises:
+        NotPlayable: it can't be played without numbers.
+        ConfigError: it can't, and "auto" asks for it; or there is no budget to settle it by.
+    """
+    auto = config.train.gradient_checkpointing == "auto"
+    try:
+        forecaster = Forecaster(config, report)
+        return forecaster, settle(forecaster) if auto else forecaster.forecast()
+    except NotPlayable as why:
+        if not auto:
+            raise
+        raise ConfigError(
+            f'train.gradient_checkpointing = "auto" can\'t be settled: {why} Say true, false or which blocks.'
+        ) from why
+
+
 def within_memory(
     config: RunConfig, report: DataReport | None, say: Callable[[str], None]
 ) -> bool | tuple[str, ...]:
@@ -125,14 +143,9 @@ def within_memory(
     if budget_of(config, find_device(config.device)) is None and asked != "auto":
         return asked  # type: ignore[return-value]
     try:
-        forecaster = Forecaster(config, report)
-        found = settle(forecaster) if asked == "auto" else forecaster.forecast()
+        forecaster, found = predicted(config, report)
         refuse(forecaster, found)
     except NotPlayable as why:
-        if asked == "auto":
-            raise ConfigError(
-                f'train.gradient_checkpointing = "auto" can\'t be settled: {why} Say true, false or which blocks.'
-            ) from why
         say(f"note: it can't be told whether this run fits its memory. {why}")
         return asked  # type: ignore[return-value]
     if asked == "auto":
@@ -143,8 +156,7 @@ def within_memory(
 def _over(forecast: Forecast) -> int:
     """Bytes by which training exceeds the budget."""
     assert forecast.budget is not None
-    training = [moment.total for moment in forecast.moments if moment.name.startswith(TRAINING)]
-    return max(training) - forecast.budget
+    return max(moment.total for moment in forecast.training) - forecast.budget
 
 
 def ways(forecaster: Forecaster, asked: Forecast) -> list[Way]:
@@ -177,8 +189,6 @@ def refuse(forecaster: Forecaster, asked: Forecast) -> None:
     assert asked.budget is not None
     config = forecaster.config
     where = "train.memory_budget" if config.train.memory_budget is not None else f"free on {asked.device}"
-    most = sorted(asked.peak.shares, key=lambda share: -share.size)[:4]
-    shares = ", ".join(f"{share.name} {said(share.size)}" for share in most)
     found = ways(forecaster, asked)
     listed = "\n".join(f"  {way.said(asked)}" for way in found)
     advice = (
@@ -187,8 +197,8 @@ def refuse(forecaster: Forecaster, asked: Forecast) -> None:
         else "Nothing that a run can be told would make it fit: take smaller pictures, a smaller base, or more memory."
     )
     raise ConfigError(
-        f"This run is predicted to take {said(asked.peak.total)} in {asked.peak.name} ({shares}), and may take "
-        f"{said(asked.budget)} ({where}). {advice}"
+        f"This run is predicted to take {said(asked.peak.total)} in {asked.peak.name} ({asked.peak.largest}), and may "
+        f"take {said(asked.budget)} ({where}). {advice}"
     )
 
 
@@ -209,10 +219,6 @@ class _Change:
     config: Any
     """RunConfig -> RunConfig."""
     remark: str
-
-    @property
-    def name(self) -> str:
-        return " ".join(self.settings)
 
 
 def _tried(forecaster: Forecaster, asked: Forecast, changes: list[_Change]) -> Way | None:
@@ -263,7 +269,7 @@ def _changes(config: RunConfig, asked: Forecast) -> Iterator[_Change]:
             _telling(precision="bf16"),
             "weights and activations in half",
         )
-    if "quantization" in TrainSettings.model_fields and getattr(train, "quantization", "none") == "none":
+    if train.quantization == "none":
         for code, remark in {
             "int8": "the base's weights in a byte",
             "nf4": "in half a byte, coarser",
@@ -288,8 +294,7 @@ def _batches(batch: int, asked: Forecast) -> list[int]:
     """The largest smaller batch that should fit, by what one picture of this one takes, and the next smaller one; else
     one picture."""
     assert asked.budget is not None
-    training = [moment for moment in asked.moments if moment.name.startswith(TRAINING)]
-    most = max(training, key=lambda moment: moment.total)
+    most = max(asked.training, key=lambda moment: moment.total)
     growing = sum(share.size for share in most.shares if share.name in ("activations", "workspace"))
     room = asked.budget - (most.total - growing)
     smaller = [size for size in range(batch - 1, 0, -1) if batch % size == 0]

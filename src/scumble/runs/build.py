@@ -23,11 +23,11 @@ from scumble.errors import ConfigError, ModelError
 from scumble.inference.request import Request
 from scumble.methods.method import METHODS, Checks, Ingredients
 from scumble.methods.text_encoder import TextEncoderSettings
-from scumble.models.configs import BaseFacts
+from scumble.models.configs import DENOISERS, BaseFacts
 from scumble.models.dtypes import own_dtypes
 from scumble.models.family import BaseModel
 from scumble.models.heap import give_back
-from scumble.models.loading import DENOISERS, describe_base, load_base, load_tokenizers
+from scumble.models.loading import describe_base, load_base, load_tokenizers
 from scumble.models.offload import refuse_offload
 from scumble.models.precision import check_precision, dtype_called, dtype_named, find_device
 from scumble.models.probe import check_prediction

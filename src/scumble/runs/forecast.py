@@ -13,24 +13,24 @@ import torch
 
 from scumble.data.check import DataReport
 from scumble.errors import ModelError
-from scumble.methods.parts import PROOF_SIDE
+from scumble.methods.parts import PROOF_LEVELS, PROOF_SIDE
 from scumble.methods.prior import CLASS_COUNT, PriorSettings
 from scumble.models.ghost import size_of
 from scumble.models.ledger import Held
 from scumble.models.loading import Look, look_at
 from scumble.models.precision import find_device
 from scumble.runs.config import RunConfig
-from scumble.runs.rehearsal import PROOF_ROWS, NotPlayable, Rehearsal, Size
+from scumble.runs.rehearsal import Rehearsal, Size
 
 GIB = 2**30
 TRAINING = "training"
 """What the moments and the work of training begin with."""
 NARROW_KERNELS = 100 * 2**20
 """What a CPU's compiled kernels for bf16 take, once for the run; measured at SD 1.5's shape."""
-ON_THE_WAY = 3
-"""Blocks that are on the device at once where the others wait on the host."""
 KERNELS = 30 * 2**20
 """The same in fp32."""
+ON_THE_WAY = 3
+"""Blocks that are on the device at once where the others wait on the host."""
 
 
 def said(size: float) -> str:
@@ -60,6 +60,12 @@ class Moment:
     def total(self) -> int:
         """Bytes."""
         return sum(share.size for share in self.shares)
+
+    @property
+    def largest(self) -> str:
+        """Its largest shares in words: "unet 1.60 GiB, activations 0.52 GiB"."""
+        most = sorted(self.shares, key=lambda share: -share.size)[:4]
+        return ", ".join(f"{share.name} {said(share.size)}" for share in most)
 
     def __str__(self) -> str:
         return f"{self.name}: {said(self.total)}"
@@ -94,6 +100,11 @@ class Forecast:
     def flops(self) -> int:
         """Of all optimizer steps of one process."""
         return sum(work.flops * work.times for work in self.work if work.name.startswith(TRAINING))
+
+    @property
+    def training(self) -> tuple[Moment, ...]:
+        """The moments in which it trains, one for each phase."""
+        return tuple(moment for moment in self.moments if moment.name.startswith(TRAINING))
 
     @property
     def peak(self) -> Moment:
@@ -266,15 +277,14 @@ class _Scene:
     def loading(self) -> Moment:
         """The base is read, component by component."""
         ghost = self._play.ghost
-        there, most, held = 0, 0, 0
+        there = most = 0
         for name, size in ghost.sizes.items():
             if name in ghost.late:
                 continue
             # files are mapped: what was read of them counts until the component is whole
             most = max(most, there + size + (self._passing(name, size) if self._on_host else 0))
             there += size
-        held = max(0, most - there)
-        return self._moment("loading", [*self._weights(), Share("read on the way", held)])
+        return self._moment("loading", [*self._weights(), Share("read on the way", max(0, most - there))])
 
     def _passing(self, name: str, size: int) -> int:
         stored = self._play.ghost.stored.get(name, 0)
@@ -354,7 +364,7 @@ class _Scene:
         trained = play.trained_bytes()
         side = (play.base.latent_side(PROOF_SIDE) * play.base.latent_factor,) * 2
         shares = [*self._weights(), *self._trained, Share("the file's adapter", 3 * trained)]
-        return self._moment("proof", shares, play.answering(PROOF_ROWS, side))
+        return self._moment("proof", shares, play.answering(len(PROOF_LEVELS), side))
 
     def _drawn(self, name: str, count: int, guided: bool, shares: Sequence[Share]) -> Moment:
         play = self._play
@@ -388,6 +398,3 @@ class _Scene:
             besides = around.kernels + int(around.factor * held.peak + around.reordered * held.heaviest)
             parts += [Share("activations", held.peak), Share("workspace", besides)]
         return Moment(name, tuple(share for share in parts if share.size > 0))
-
-
-__all__ = ["Forecast", "Forecaster", "Moment", "NotPlayable", "Share"]

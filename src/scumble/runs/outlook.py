@@ -8,11 +8,10 @@ from pathlib import Path
 
 from scumble.data.check import DataReport
 from scumble.data.loader import no_progress
-from scumble.errors import ConfigError
-from scumble.runs.afford import Way, settle, ways
+from scumble.runs.afford import Way, predicted, ways
 from scumble.runs.build import Progress, check_data
 from scumble.runs.config import RunConfig
-from scumble.runs.forecast import Forecast, Forecaster
+from scumble.runs.forecast import Forecast
 from scumble.runs.rehearsal import NotPlayable
 from scumble.runs.train import recomputing, resolve_config
 from scumble.runs.warmup import STEPS, Pace, warm_up
@@ -88,16 +87,13 @@ def plan(
     _, report = check_data(asked, progress=progress)
     forecast, planned, notes, found = None, dict[str, object](), list[str](), list[Way]()
     try:
-        forecaster = Forecaster(asked, report)
-        auto = asked.train.gradient_checkpointing == "auto"
-        forecast = settle(forecaster) if auto else forecaster.forecast()
+        forecaster, forecast = predicted(asked, report)
         planned = dict(forecaster.rehearsal().plan.facts)
-        asked = recomputing(asked, forecast.recomputed if auto else None)
+        if asked.train.gradient_checkpointing == "auto":
+            asked = recomputing(asked, forecast.recomputed)
         if not forecast.fits:
             found = ways(forecaster, forecast)
     except NotPlayable as why:
-        if asked.train.gradient_checkpointing == "auto":
-            raise ConfigError(f'train.gradient_checkpointing = "auto" can\'t be settled: {why}') from why
         notes.append(f"How much memory it takes can't be told. {why}")
     pace = warm_up(asked, steps) if steps and (forecast is None or forecast.fits) else None
     return Outlook(asked, report, forecast, tuple(found), pace, tuple(notes), planned)

@@ -25,7 +25,7 @@ from scumble.models.ghost import Ghost, ghost
 from scumble.models.ledger import Held, Inside, Ledger, Theatre
 from scumble.models.loading import Look
 from scumble.models.precision import dtype_named
-from scumble.models.probe import SIDE
+from scumble.models.probe import LEVELS, SIDE
 from scumble.rng import Streams
 from scumble.runs.build import text_is_cached
 from scumble.runs.config import RunConfig
@@ -33,10 +33,6 @@ from scumble.training.optimizers import build_optimizer
 from scumble.training.plan import Phase, Plan
 from scumble.training.tensors import tensors_in
 
-PROOF_ROWS = 3
-"""Noise levels at which the finished file is compared with the live model, at once."""
-PROBE_ROWS = 3
-"""Noisy pictures by which a base is asked what it predicts, at once."""
 PROBED = 1 << 14
 """Numbers by which an optimizer is asked what it remembers of each."""
 
@@ -100,7 +96,7 @@ class Rehearsal:
         self.others: dict[tuple[object, ...], Held] = {}
         """All that was played and is no step."""
         own = own_dtypes(config.dtypes, look.facts.components, look.facts.name)
-        dtypes = Dtypes(dtype_named(train.precision), own, str(getattr(train, "quantization", "none")))
+        dtypes = Dtypes(dtype_named(train.precision), own, train.quantization)
         self.ghost: Ghost = ghost(look, dtypes, config.variant)
         self.base: BaseModel = self.ghost.base
         self.base.claim(named(config.adapter.targets, self.base.late))
@@ -158,7 +154,7 @@ class Rehearsal:
         """What a base is asked before it is trained (see `models.probe`)."""
         side = self.base.latent_side(SIDE)
         pixels = (side * self.base.latent_factor,) * 2
-        first, second = self._encoding(1, pixels), self.answering(PROBE_ROWS, pixels)
+        first, second = self._encoding(1, pixels), self.answering(len(LEVELS), pixels)
         return max(first, second, key=lambda held: held.peak)
 
     def reading(self) -> Held:
@@ -171,12 +167,11 @@ class Rehearsal:
 
     def decoding(self, rows: int, pixels: Size) -> Held:
         """So many pictures out of the image encoder."""
-        base, (height, width) = self.base, pixels
-        vae = self._vae
+        base, vae = self.base, self._vae
 
         def work() -> Tensor:
-            side = (height // base.latent_factor, width // base.latent_factor)
-            latents = torch.zeros(rows, base.latent_channels, *side, device=self.device, dtype=vae.dtype)
+            size = (rows, base.latent_channels, *self._side(pixels))
+            latents = torch.zeros(size, device=self.device, dtype=vae.dtype)
             pictures: Tensor = vae.decode(latents).sample.float()
             return pictures.clamp(-1, 1)
 
@@ -206,7 +201,7 @@ class Rehearsal:
     def batch_bytes(self) -> int:
         """Of one picture's latents and one caption's embeddings."""
         one = self._one
-        said = [] if one.conditioning is None else [t for t in tensors_in(one.conditioning)]
+        said = [] if one.conditioning is None else tensors_in(one.conditioning)
         return sum(tensor.numel() * tensor.element_size() for tensor in (one.latents, *said))
 
     def trained_bytes(self, phase: Phase | None = None) -> int:
@@ -257,13 +252,12 @@ class Rehearsal:
         return self._quiet("encoding a picture", work, rows, pixels)
 
     def _answer(self, rows: int, pixels: Size) -> Tensor:
-        base, (height, width) = self.base, pixels
-        side = (height // base.latent_factor, width // base.latent_factor)
-        latents = torch.zeros(rows, base.latent_channels, *side, device=self.device)
+        base = self.base
+        latents = torch.zeros(rows, base.latent_channels, *self._side(pixels), device=self.device)
         t = base.prediction.from_uniform(torch.full((rows,), 0.5)).to(self.device)
         with base.sparing():
             said = base.encode_prompts(["a picture"] * rows)
-        return base.denoise(latents, t, said, Frame.plain(rows, height, width))
+        return base.denoise(latents, t, said, Frame.plain(rows, *pixels))
 
     def _quiet(self, what: str, work: Any, *about: object) -> Held:
         """`about`: all that tells this from other work that is called so."""
@@ -285,6 +279,11 @@ class Rehearsal:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise NotPlayable(f"{what} can't be played without numbers: {reason}") from error
 
+    def _side(self, pixels: Size) -> Size:
+        """(height, width) of a picture's latents."""
+        height, width = pixels
+        return height // self.base.latent_factor, width // self.base.latent_factor
+
     # -- batches of zeros ----------------------------------------------------------------------------------------
 
     def _batches(self, count: int, samples: int, *, embedded: bool) -> StillBatches:
@@ -295,8 +294,7 @@ class Rehearsal:
         return self._batches(batch_size, 1, embedded=text_embeddings)
 
     def _batch(self, count: int, *, embedded: bool) -> Batch:
-        base, (height, width) = self.base, self.size
-        side = (height // base.latent_factor, width // base.latent_factor)
+        base, side = self.base, self._side(self.size)
         said = None
         if embedded:
             with torch.no_grad():
@@ -308,7 +306,7 @@ class Rehearsal:
             latents=torch.zeros(count, base.latent_channels, *side),
             conditioning=said,
             captions=("a picture",) * count,
-            frame=Frame.plain(count, height, width),
+            frame=Frame.plain(count, *self.size),
             weight=torch.ones(count),
             keys=("a picture",) * count,
             positions=tuple(range(count)),

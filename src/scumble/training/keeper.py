@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scumble.data.together import ALONE, Together
-from scumble.errors import NoEffect, OutOfMemory, ResumeError, TrainingError
-from scumble.models.shortage import ERRORS, recover, shortage_of
+from scumble.errors import NoEffect, ResumeError, TrainingError
+from scumble.models.shortage import ERRORS, recover, shortage_of, telling
 from scumble.rng import Streams
 from scumble.training import state as checkpoints
 from scumble.training.ema import EMA
@@ -325,23 +325,25 @@ class Keeper:
             best_loss=self.best_loss,
         )
         folder = self.layout.checkpoint_folder(self.run, self.step)
-        for last in (False, True):  # a second time with what could be given back
-            try:
-                checkpoints.save(state, self.export(), folder, self.settings.checkpoint_limit, self.layout)
-                break
-            except ERRORS as error:
-                if (lack := shortage_of(error)) is None:
-                    raise
-                recover(error)
-                if last:
-                    raise OutOfMemory(
-                        f"Out of {lack.memory} while {folder.name} was saved. {lack} {self.last_good()} Close what "
-                        "else takes memory, and go on from there with --resume latest."
-                    ) from error
+
+        def write() -> None:
+            checkpoints.save(state, self.export(), folder, self.settings.checkpoint_limit, self.layout)
+
+        try:
+            write()
+        except ERRORS as error:
+            if shortage_of(error) is None:
+                raise
+            recover(error)
+            with telling(f"{folder.name} was saved", self._close_others):
+                write()  # a second time with what could be given back
         check_dtypes(self.moving, f"after saving {folder.name}")
         self.last_saved, self.last_step_saved = folder, self.step
         self.tell(Saved(self.step, folder, final=False))
         return folder
+
+    def _close_others(self) -> str:
+        return f"{self.last_good()} Close what else takes memory, and go on from there with --resume latest."
 
     def rescue(self, phase: Phase, optimizer: Optimizer) -> str:
         """Write the checkpoint of the last whole step, if there is none, though the next one failed: by whichever

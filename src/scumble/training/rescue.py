@@ -7,9 +7,9 @@ and the settings that need less and are not set already, the cheapest first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from scumble.errors import OutOfMemory
 from scumble.models.shortage import ERRORS, Shortage, pass_of, recover, shortage_of
@@ -29,6 +29,10 @@ class Attempt:
         """Where it is, once that is behind the gradients; empty: in the forward or the backward pass."""
         self.moving = False
         """Whether weights or the optimizer's state may be half changed."""
+
+
+Rescue: TypeAlias = Callable[[], str]
+"""Writes the checkpoint of the last whole step, where there is none; a sentence on it."""
 
 
 class Saves(Protocol):
@@ -74,12 +78,6 @@ def rescuing(keeper: Saves, phase: str, save: Rescue) -> Iterator[Attempt]:
             f"Out of {lack.memory} in the {place} of step {number} (phase {phase!r}){batches}. {lack} {kept} "
             f"{needs_less(keeper.settings, lack)}"
         ) from error
-
-
-class Rescue(Protocol):
-    """Writes the checkpoint of the last whole step, where there is none; a sentence on it."""
-
-    def __call__(self) -> str: ...
 
 
 def _kept(keeper: Saves, attempt: Attempt, save: Rescue) -> str:

@@ -27,6 +27,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from bases import write_sd1
 from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -201,37 +202,7 @@ def base_folder(name: str, work: Path) -> Path:
         from scumble.models.tiny import save
 
         return save("sd1", work / "base")
-    return full_size(work / "base") if name == "sd15" else Path(name).resolve()
-
-
-def full_size(folder: Path) -> Path:
-    """Random weights of SD 1.5's shape. Time does not depend on them."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from scumble.models.tiny import tiny_tokenizer
-
-    sides = (128, 256, 512, 512)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    StableDiffusionPipeline(
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
-        vae=AutoencoderKL(
-            block_out_channels=sides, layers_per_block=2, latent_channels=4, sample_size=512, **blocks
-        ),
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig(
-                hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-            )
-        ),
-        tokenizer=tiny_tokenizer(),
-        scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(str(folder))
-    return folder
+    return write_sd1(work / "base") if name == "sd15" else Path(name).resolve()
 
 
 def pictures(folder: Path, count: int, side: int) -> None:

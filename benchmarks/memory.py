@@ -45,65 +45,6 @@ TARGETS = {"bf16 recomputed": 2.9, "fp8 recomputed": 2.0, "int8 recomputed": 2.0
 SLACK = 0.03
 """Peaks that differ by less (in parts of the larger) are called equal: two runs of one configuration do."""
 
-UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
-VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "sample_size": 512,
-    "latent_channels": 4,
-}
-TEXT: dict[str, Any] = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-    "vocab_size": 49408,
-}
-"""The configs of Stable Diffusion 1.5, as far as they say anything of shapes."""
-
-
-def write_base(folder: Path) -> None:
-    """A base of SD 1.5's shape with small random weights, in fp32, in diffusers' layout."""
-    import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from scumble.models.tiny import tiny_tokenizer
-
-    torch.manual_seed(0)
-    levels = len(VAE["block_out_channels"])
-    with torch.device("meta"):
-        parts: dict[str, Any] = {
-            "unet": UNet2DConditionModel(**UNET),
-            "vae": AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * levels,
-                up_block_types=("UpDecoderBlock2D",) * levels,
-                **VAE,
-            ),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**TEXT)),
-        }
-    for part in parts.values():
-        part.to_empty(device="cpu")
-        for name, parameter in part.named_parameters():
-            with torch.no_grad():
-                if parameter.ndim == 1:
-                    parameter.fill_(float(name.endswith("weight")))
-                else:
-                    parameter.normal_(std=0.02)
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-    )
-    pipeline = StableDiffusionPipeline(
-        **parts,
-        tokenizer=tiny_tokenizer(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder)
-
 
 def measure(folder: str, options: dict[str, Any]) -> dict[str, Any]:
     """One configuration, in this process: bytes above the interpreter, and seconds of a step."""
@@ -253,13 +194,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if options.child:
         print(json.dumps(measure(str(options.base), json.loads(options.child))))
         return {}
+    from bases import write_sd1
     from machine import machine
 
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         base = Path("picturebook") if options.tiny else options.base or Path(scratch) / "sd15"
         if not options.tiny and not base.exists():
-            write_base(base)
+            write_sd1(base)
         for name in options.only or CONFIGURATIONS:
             told = {
                 **CONFIGURATIONS[name],

@@ -225,45 +225,20 @@ def status(name: str) -> int:
 def make(folder: Path, shape: str) -> None:
     """A base with random weights as a diffusers folder, in bf16."""
     import torch
-    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from bases import write_sd1
 
-    from scumble.models import tiny as toys
-
-    torch.manual_seed(0)
     widths = WIDTHS[shape]
     vae = tuple(width * 2 // 5 for width in widths[:2]) + (widths[2] * 2 // 5,) * 2
     text = {"sd15": 768, "half": 384, "third": 256, "tiny": 64}[shape]
-    pipeline = StableDiffusionPipeline(
-        unet=UNet2DConditionModel(
-            sample_size=32,
-            block_out_channels=widths,
-            cross_attention_dim=text,
-            attention_head_dim=8,
-            norm_num_groups=32,
-        ).to(torch.bfloat16),
-        vae=AutoencoderKL(
-            block_out_channels=tuple(max(32, width // 32 * 32) for width in vae),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            latent_channels=4,
-        ).to(torch.bfloat16),
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig(
-                hidden_size=text,
-                intermediate_size=4 * text,
-                num_hidden_layers=12,
-                num_attention_heads=text // 32,
-            )
-        ).to(torch.bfloat16),
-        tokenizer=toys.tiny_tokenizer(),
-        scheduler=DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    write_sd1(
+        folder,
+        dtype=torch.bfloat16,
+        widths=widths,
+        vae=tuple(max(32, width // 32 * 32) for width in vae),
+        text=text,
+        heads=text // 32,
+        sample_size=32,
     )
-    pipeline.save_pretrained(folder)
 
 
 def picture(folder: Path) -> None:

@@ -123,36 +123,9 @@ def make(folder: Path, *, tiny: bool) -> None:
         toys.save("sd1", folder)
         return
     import torch
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from training_step import SHAPES
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from bases import write_sd1
 
-    torch.manual_seed(0)
-    wide = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    pipeline = StableDiffusionPipeline(
-        unet=UNet2DConditionModel(**SHAPES["sd15"]).to(torch.bfloat16),
-        vae=AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            latent_channels=4,
-        ).to(torch.bfloat16),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**wide)).to(torch.bfloat16),
-        tokenizer=toys.tiny_tokenizer(),  # its words are few, the text encoder's table is of full size
-        scheduler=PNDMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            skip_prk_steps=True,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder)
+    write_sd1(folder, dtype=torch.bfloat16)
 
 
 def settings(arm: str, subject: str, steps: int) -> dict[str, Any]:

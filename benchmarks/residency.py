@@ -21,39 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bases import write_sd1
 from machine import machine
 from torch import nn
 
 HERE = Path(__file__).parent
 BF16 = 2
-
-
-def make_base(folder: Path) -> None:
-    """A base of SD 1.5's kind with random weights, as a folder."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from scumble.models import tiny
-
-    tiny.save("sd1", folder)
-    tokens = json.loads((folder / "text_encoder/config.json").read_text())["vocab_size"]
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        cross_attention_dim=768, block_out_channels=(160, 320, 640, 640), sample_size=32
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(64, 128, 256, 256),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-    )
-    text = CLIPTextModel(
-        CLIPTextConfig(vocab_size=max(tokens, 49408), hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                       num_attention_heads=12, projection_dim=768)
-    )  # fmt: skip
-    for part, module in {"unet": unet, "vae": vae, "text_encoder": text}.items():
-        module.to(torch.bfloat16).save_pretrained(folder / part)
 
 
 def child(folder: Path, resting: bool, steps: int) -> None:
@@ -109,7 +82,13 @@ def measured(turns: int, steps: int) -> dict[str, Any]:
     found: dict[str, list[dict[str, Any]]] = {"staying": [], "resting": []}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "base"
-        make_base(folder)
+        write_sd1(
+            folder,
+            dtype=torch.bfloat16,
+            widths=(160, 320, 640, 640),
+            vae=(64, 128, 256, 256),
+            sample_size=32,
+        )
         sizes = {
             part: sum(file.stat().st_size for file in (folder / part).glob("*.safetensors")) / 2**20
             for part in ("unet", "vae", "text_encoder")

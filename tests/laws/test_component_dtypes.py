@@ -24,13 +24,12 @@ from tests.inference.makers import adapter_file, fill
 from tests.training.world import LatentBatches
 
 BF16, FP32 = torch.bfloat16, torch.float32
+THOROUGH = (pytest.mark.slow, pytest.mark.thorough)
 MIXES = ("texts", "vae", "denoiser", "one text")
 QUICK = (("sd1", "texts"), ("sdxl", "one text"), ("sd3", "one text"), ("flux", "denoiser"))
 """What stands for every family with every mix in the quick tests."""
 CASES = [
-    pytest.param(
-        family, mix, marks=() if (family, mix) in QUICK else THOROUGH, id=f"{family}-{mix}"
-    )
+    pytest.param(family, mix, marks=() if (family, mix) in QUICK else THOROUGH, id=f"{family}-{mix}")
     for family in FAMILIES
     for mix in MIXES
 ]

@@ -15,7 +15,7 @@ from scumble.inference.session import Session
 from scumble.models import loading, offload
 from scumble.runs import build
 from tests.models.test_offload import Recorder
-from tests.runs.worlds import write_world
+from tests.runs.worlds import small_run, write_world
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +39,8 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
 
 
 def told(world: Path, name: str, **train: Any) -> dict[str, Any]:
-    return {
-        "base": world / "base",
-        "data": {"images": world / "pictures", "resolution": 16},
-        "output": world / name,
-        "quiet": True,
-        "device": "cpu",
-        "preview": {"prompts": ["colour number 1"], "steps": 2},
-        "train": {"steps": 3, "batch": 2, "checkpoint_every": 2, "preview_every": 2} | train,
-    }
+    steps = {"steps": 3, "batch": 2, "checkpoint_every": 2, "preview_every": 2}
+    return small_run(world, name) | {"train": steps | train}
 
 
 @pytest.mark.parametrize("others", [{}, {"gradient_checkpointing": True, "precision": "bf16"}])

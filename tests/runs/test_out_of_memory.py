@@ -14,7 +14,7 @@ from scumble.models.latent_base import LatentBase
 from scumble.models.unet import UNetBase
 from scumble.runs import build
 from scumble.training import loop
-from tests.runs.worlds import write_world
+from tests.runs.worlds import small_run, write_world
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +23,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def told(world: Path, name: str, **others: Any) -> dict[str, Any]:
-    return {
-        "base": world / "base",
-        "data": {"images": world / "pictures", "resolution": 16},
-        "output": world / name,
-        "quiet": True,
-        "device": "cpu",
-        "train": {"steps": 4, "batch": 2, "checkpoint_every": 0, "preview_every": 2},
-        "preview": {"prompts": ["colour number 1"], "steps": 2},
-    } | others
+    steps = {"steps": 4, "batch": 2, "checkpoint_every": 0, "preview_every": 2}
+    return small_run(world, name) | {"train": steps} | others
 
 
 def greedy(*_: Any, **__: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import scumble
 from scumble.errors import ConfigError, ModelError, ResumeError
 from scumble.inference.session import Session
-from tests.runs.worlds import write_world
+from tests.runs.worlds import short_run, write_world
 
 
 @pytest.fixture(scope="module")
@@ -19,15 +20,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
 
 
-def settings(world: Path, output: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "base": str(world / "base"),
-        "data": {"images": str(world / "pictures")},
-        "output": output,
-        "train": {"steps": 3, "batch": 2, "optimizer": {"learning_rate": 0.01}},
-        "quiet": True,
-        **more,
-    }
+settings = functools.partial(short_run, steps=3)
 
 
 def test_a_run_over_a_quantised_base(world: Path, tmp_path: Path) -> None:

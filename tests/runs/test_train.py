@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import socket
@@ -14,7 +15,7 @@ import scumble
 from scumble.errors import ConfigError, DataError, ModelError, NoLayerMatches, PrecisionError
 from scumble.runs.folder import Layout
 from scumble.runs.load import load
-from tests.runs.worlds import cut_and_resumed, drawn_by_diffusers, write_world
+from tests.runs.worlds import cut_and_resumed, drawn_by_diffusers, short_run, write_world
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +37,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", only_here)
 
 
-def settings(world: Path, output: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "base": str(world / "base"),
-        "data": {"images": str(world / "pictures")},
-        "output": output,
-        "train": {"steps": 4, "batch": 2, "optimizer": {"learning_rate": 0.01}},
-        "quiet": True,
-        **more,
-    }
+settings = functools.partial(short_run, steps=4)
 
 
 def test_a_run_leaves_everything_in_its_folder(world: Path, tmp_path: Path) -> None:

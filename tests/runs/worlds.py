@@ -43,6 +43,30 @@ def write_world(
     return folder
 
 
+def short_run(world: Path, output: Path, *, steps: int, **more: Any) -> dict[str, Any]:
+    """The settings of a run of so many steps in a world."""
+    return {
+        "base": str(world / "base"),
+        "data": {"images": str(world / "pictures")},
+        "output": output,
+        "train": {"steps": steps, "batch": 2, "optimizer": {"learning_rate": 0.01}},
+        "quiet": True,
+        **more,
+    }
+
+
+def small_run(world: Path, name: str) -> dict[str, Any]:
+    """The settings of a run with previews, of 16 pixels on a CPU, in a folder of this name; all but what trains."""
+    return {
+        "base": world / "base",
+        "data": {"images": world / "pictures", "resolution": 16},
+        "output": world / name,
+        "quiet": True,
+        "device": "cpu",
+        "preview": {"prompts": ["colour number 1"], "steps": 2},
+    }
+
+
 def drawn_by_diffusers(base: Path, adapter: Path | None = None) -> Tensor:
     """A picture of `base` by an unmodified pipeline, perhaps with the adapter in a folder: (1, H, W, 3)."""
     import torch

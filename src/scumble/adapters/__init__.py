@@ -27,8 +27,9 @@ overlap.py   how far two adapters meet in each layer, and whether they agree the
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from scumble.lazy import lazily
 
 if TYPE_CHECKING:
     from scumble.adapters.adapted import Adapted as Adapted
@@ -86,12 +87,4 @@ _PUBLIC = {
 __all__ = list(_PUBLIC)
 
 
-def __getattr__(name: str) -> Any:
-    """PEP 562: names load when they are touched, so that files can be looked at without torch."""
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+__getattr__, __dir__ = lazily(__name__, _PUBLIC)

@@ -3,27 +3,23 @@ checks."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from scumble.lazy import lazily
 
-_WHERE = {
-    "DataSettings": "settings",
-    "Dataset": "sources",
-    "open_dataset": "sources",
-    "split": "split",
-    "Loader": "loader",
-    "still_batches": "loader",
-    "Cache": "cache",
-    "check": "check",
-    "DataReport": "check",
-    "Record": "record",
-    "Batch": "record",
-    "Batches": "record",
+_PUBLIC = {
+    "DataSettings": "scumble.data.settings",
+    "Dataset": "scumble.data.sources",
+    "open_dataset": "scumble.data.sources",
+    "split": "scumble.data.split",
+    "Loader": "scumble.data.loader",
+    "still_batches": "scumble.data.loader",
+    "Cache": "scumble.data.cache",
+    "check": "scumble.data.check",
+    "DataReport": "scumble.data.check",
+    "Record": "scumble.data.record",
+    "Batch": "scumble.data.record",
+    "Batches": "scumble.data.record",
 }
-__all__ = sorted(_WHERE)
+__all__ = sorted(_PUBLIC)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+__getattr__, __dir__ = lazily(__name__, _PUBLIC)

@@ -76,6 +76,12 @@ class Quantized(Held):
         """The weight in `dtype`, a new tensor."""
         return _read(self.held_in, self.codes, self.scales, self.shape, dtype)
 
+    def multiplied(self, x: Tensor, how: tuple[Any, ...] | None) -> Tensor:
+        """The layer's output; `how` as for `_Product`."""
+        codes, scales, bias = self.codes, self.scales, self._parameters["bias"]
+        out: Tensor = _Product.apply(x, codes, scales, bias, self.held_in, self.shape, how)  # type: ignore[no-untyped-call]
+        return out
+
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"{super().extra_repr()}, held in {self.held_in}"
@@ -86,8 +92,7 @@ class QuantizedLinear(Quantized, nn.Linear):  # type: ignore[misc, override]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        out: Tensor = _Linear.apply(x, self.codes, self.scales, self.bias, self.held_in, self.shape)  # type: ignore[no-untyped-call]
-        return out
+        return self.multiplied(x, None)
 
 
 class QuantizedConv2d(Quantized, nn.Conv2d):  # type: ignore[misc, override]
@@ -95,9 +100,7 @@ class QuantizedConv2d(Quantized, nn.Conv2d):  # type: ignore[misc, override]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, O, h, w)."""
-        how = (self.stride, self.padding, self.dilation, self.groups)
-        out: Tensor = _Conv2d.apply(x, self.codes, self.scales, self.bias, self.held_in, self.shape, how)  # type: ignore[no-untyped-call]
-        return out
+        return self.multiplied(x, (self.stride, self.padding, self.dilation, self.groups))
 
 
 def layers_held(module: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -191,8 +194,9 @@ def _read(held_in: str, codes: Tensor, scales: Tensor, shape: torch.Size, dtype:
     return code.decode(codes, scales, shape, dtype)
 
 
-class _Linear(torch.autograd.Function):
-    """x Wᵀ + b, of which the code of W is kept and nothing else."""
+class _Product(torch.autograd.Function):
+    """x with W, of which the code of W is kept and nothing else: a convolution done `how` (stride, padding, dilation,
+    groups), or x Wᵀ where that is None."""
 
     @staticmethod
     def forward(
@@ -203,45 +207,17 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         held_in: str,
         shape: torch.Size,
-    ) -> Tensor:
-        dtype = compute_dtype(x)
-        ctx.save_for_backward(codes, scales)
-        ctx.held_in, ctx.shape, ctx.dtype, ctx.of_x = held_in, shape, dtype, x.dtype
-        weight = _read(held_in, codes, scales, shape, dtype)
-        return F.linear(x.to(dtype), weight, bias if bias is None else bias.to(dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        codes, scales = ctx.saved_tensors
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad_y @ _read(ctx.held_in, codes, scales, ctx.shape, ctx.dtype)).to(ctx.of_x)
-        if ctx.needs_input_grad[3]:
-            grad_bias = grad_y.flatten(0, -2).sum(0)
-        return grad_x, None, None, grad_bias, None, None
-
-
-class _Conv2d(torch.autograd.Function):
-    """A convolution of x with W, of which the code of W is kept and nothing else."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        codes: Tensor,
-        scales: Tensor,
-        bias: Tensor | None,
-        held_in: str,
-        shape: torch.Size,
-        how: tuple[Any, ...],
+        how: tuple[Any, ...] | None,
     ) -> Tensor:
         dtype = compute_dtype(x)
         ctx.save_for_backward(codes, scales)
         ctx.held_in, ctx.shape, ctx.dtype, ctx.how = held_in, shape, dtype, how
         ctx.of_x, ctx.sides = x.dtype, x.shape
         weight = _read(held_in, codes, scales, shape, dtype)
-        return F.conv2d(x.to(dtype), weight, bias if bias is None else bias.to(dtype), *how)
+        bias = bias if bias is None else bias.to(dtype)
+        return (
+            F.linear(x.to(dtype), weight, bias) if how is None else F.conv2d(x.to(dtype), weight, bias, *how)
+        )
 
     @staticmethod
     @once_differentiable
@@ -250,7 +226,8 @@ class _Conv2d(torch.autograd.Function):
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             weight = _read(ctx.held_in, codes, scales, ctx.shape, ctx.dtype)
-            grad_x = conv2d_input(ctx.sides, weight, grad_y, *ctx.how).to(ctx.of_x)
+            grad_x = grad_y @ weight if ctx.how is None else conv2d_input(ctx.sides, weight, grad_y, *ctx.how)
+            grad_x = grad_x.to(ctx.of_x)
         if ctx.needs_input_grad[3]:
-            grad_bias = grad_y.sum((0, 2, 3))
+            grad_bias = grad_y.flatten(0, -2).sum(0) if ctx.how is None else grad_y.sum((0, 2, 3))
         return grad_x, None, None, grad_bias, None, None, None

@@ -1,12 +1,14 @@
-"""Tensors that lie side by side are found as the one that they are, and no others."""
+"""Tensors that lie side by side are found as the one that they are, and no others; and are made so."""
 
 from __future__ import annotations
+
+import gc
 
 import pytest
 import torch
 from torch import Tensor
 
-from scumble.adapters.memory import runs
+from scumble.adapters.memory import like, no_collection, packed, roomy, runs
 
 BLOCK = torch.arange(200.0)
 
@@ -60,3 +62,50 @@ def test_two_memories_that_happen_to_touch_are_two() -> None:
 
 def test_none_is_none() -> None:
     assert runs([]) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64, torch.uint8])
+def test_packed_copies_lie_in_one_memory_and_keep_shapes_and_numbers(dtype: torch.dtype) -> None:
+    tensors = [torch.arange(n).reshape(shape).to(dtype) for n, shape in ((6, (2, 3)), (1, ()), (0, (0, 4)))]
+    tensors.append(torch.arange(6.0).reshape(2, 3).t().to(dtype))  # in another order in memory
+    tensors.append(torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16)))
+    copies = packed(tensors)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(copies, tensors, strict=True))
+    assert all(copy.is_contiguous() and not copy.requires_grad for copy in copies)
+    memories = [copy.untyped_storage().data_ptr() for copy in copies]
+    assert len(set(memories[:-1])) == 1 and memories[-1] != memories[0]
+    assert not set(memories) & {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+@pytest.mark.parametrize("count", [10, 2**21])  # of the second, huge pages
+def test_rooms_of_one_kind_are_apart_and_aligned(count: int) -> None:
+    wanted = [torch.empty(count, 3), torch.empty(7), torch.empty(3, 5, dtype=torch.float16), torch.empty(2, 2)]
+    rooms = like(wanted)
+    for number, room in enumerate(rooms):
+        room.fill_(number)
+    for number, (room, one) in enumerate(zip(rooms, wanted, strict=True)):
+        assert room.shape == one.shape and room.dtype == one.dtype and room.data_ptr() % 64 == 0
+        assert bool((room == number).all())
+    assert rooms[0].untyped_storage().data_ptr() == rooms[1].untyped_storage().data_ptr()
+
+
+def test_a_large_room_outlives_who_made_it() -> None:
+    def piece() -> Tensor:
+        return roomy(2**22, torch.float32, torch.device("cpu")).fill_(3.0)[-8:]
+
+    kept = piece()
+    gc.collect()
+    assert torch.equal(kept, torch.full((8,), 3.0))
+
+
+def test_the_collector_is_as_it_was_whatever_happens() -> None:
+    assert gc.isenabled()
+    with no_collection():
+        assert not gc.isenabled()
+        with no_collection():
+            pass
+        assert not gc.isenabled()  # an inner one must not switch it on for the outer
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError), no_collection():
+        raise ZeroDivisionError
+    assert gc.isenabled()

@@ -17,7 +17,7 @@ from scumble.adapters.dial import Dial
 from scumble.adapters.families import FAMILIES
 from scumble.adapters.layers import Place, places
 from scumble.adapters.lora import LoraSettings
-from scumble.adapters.memory import runs
+from scumble.adapters.memory import packed, runs
 from scumble.adapters.operate import Layer
 from scumble.adapters.state import AdapterState, LayerPath, LayerState, Metadata, not_finite
 from scumble.adapters.targets import Matched, per_layer, resolve
@@ -332,7 +332,8 @@ class Adapter:
     def state(self, metadata: Metadata = Metadata()) -> AdapterState:  # noqa: B008 - a frozen value
         """The adapter as plain data: copies on the CPU. The strength is not part of it."""
         tokens = {} if self.tokens is None else self.tokens.state()
-        return AdapterState({path: delta.state() for path, delta in self.deltas.items()}, tokens, metadata)
+        live = {path: delta.live_state() for path, delta in self.deltas.items()}
+        return AdapterState(_holding(live, packed(_tensors(live))), tokens, metadata)
 
     def load_state(self, state: AdapterState) -> None:
         """Take the values of `state` in place, so that optimizers keep their parameters. For resuming.
@@ -351,15 +352,16 @@ class Adapter:
                 f"{len(mine - theirs)} of those here are not in it, it holds {len(state.tokens)} tokens; "
                 f"e.g. {example!r}."
             )
+        pairs = []
         for path, delta in self.deltas.items():
-            difference = delta.difference(state.layers[path])
-            if difference:
-                raise AdapterError(f"This state belongs to another adapter. {path!r}: {difference}.")
+            with naming(path):
+                pairs += delta.pairs(state.layers[path])
         _check_finite(state)
         if self.tokens is not None:
             self.tokens.load_state(state.tokens)
-        for path, delta in self.deltas.items():
-            delta.load_state(state.layers[path])
+        with torch.no_grad():
+            # as one call: hundreds would take longer than what they copy
+            torch._foreach_copy_([into for into, _ in pairs], [value for _, value in pairs])
 
     @torch.no_grad()
     def idle_layers(self) -> list[LayerPath]:
@@ -427,7 +429,7 @@ def naming(path: LayerPath) -> Iterator[None]:
 def _widened(layers: Mapping[LayerPath, LayerState], take: bool) -> dict[LayerPath, LayerState]:
     """The same layers in fp32 at least and in memory of their own, each tensor at a multiple of 64 bytes; `take`: those
     that are so already stay where they are."""
-    tensors = [tensor.detach() for layer in layers.values() for tensor in layer.tensors.values()]
+    tensors = [tensor.detach() for tensor in _tensors(layers)]
     for flat, members in runs(tensors, _STEP):
         begin, dtype = tensors[members[0]].data_ptr(), wide(flat.dtype)
         if take and flat.dtype == dtype and flat.data_ptr() == begin and begin % 64 == 0:
@@ -436,6 +438,17 @@ def _widened(layers: Mapping[LayerPath, LayerState], take: bool) -> dict[LayerPa
         pieces = mine.split([tensors[index].numel() for index in members])
         for index, piece in zip(members, pieces, strict=True):
             tensors[index] = piece.view(tensors[index].shape)
+    return _holding(layers, tensors)
+
+
+def _tensors(layers: Mapping[LayerPath, LayerState]) -> list[Tensor]:
+    return [tensor for layer in layers.values() for tensor in layer.tensors.values()]
+
+
+def _holding(
+    layers: Mapping[LayerPath, LayerState], tensors: Iterable[Tensor]
+) -> dict[LayerPath, LayerState]:
+    """The same layers with these tensors in the places of their own, which `_tensors` lists."""
     made = iter(tensors)
     return {
         path: LayerState(

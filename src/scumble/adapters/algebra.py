@@ -28,6 +28,7 @@ from scumble.adapters.adapter import Adapter, naming
 from scumble.adapters.biased import delta_of
 from scumble.adapters.delta import Delta
 from scumble.adapters.layers import layers_of
+from scumble.adapters.memory import like
 from scumble.adapters.operate import Held, Layer
 from scumble.adapters.state import LayerPath, LayerState
 from scumble.errors import AdapterError
@@ -48,8 +49,45 @@ class _Ledger:
     bias: nn.Parameter | None
     shares: dict[Merged, _Share] = field(default_factory=dict)
 
+    def follow(self, layer: Layer) -> _Ledger:
+        """This, its tensors moved to where the layer's weight went since (`pipeline.to("cuda")`)."""
+        for parameter in (self.original, self.bias):
+            if parameter is not None:
+                parameter.data = parameter.data.to(layer.weight.device, layer.weight.dtype)
+        return self
+
 
 _LEDGERS: weakref.WeakKeyDictionary[nn.Module, _Ledger] = weakref.WeakKeyDictionary()
+
+
+_HARMLESS = 1e30
+"""What a number of fp32 can be changed by and stay finite, as weights are: no base's come near 1e38."""
+
+
+class _Room:
+    """Where merged weights go, all in one memory, and one wide weight at a time on its way there: new memory for
+    each would cost more than the sums."""
+
+    def __init__(self, weights: Mapping[LayerPath, nn.Parameter]) -> None:
+        originals = [weight.detach() for weight in weights.values()]
+        self._places = dict(zip(weights, like(originals), strict=True))
+        self._wide: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def copied(self, path: LayerPath, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight in `dtype`: in its place if that has this dtype, else until the next one is asked for."""
+        place = self._places[path]
+        if place.dtype == dtype:
+            return place.copy_(weight)
+        room = self._wide.get((weight.device, dtype))
+        if room is None or room.numel() < weight.numel():
+            room = torch.empty(weight.numel(), dtype=dtype, device=weight.device)
+            self._wide[weight.device, dtype] = room
+        return room[: weight.numel()].view(weight.shape).copy_(weight)
+
+    def rounded(self, path: LayerPath, total: Tensor) -> Tensor:
+        """What was copied and changed, in its place and dtype."""
+        place = self._places[path]
+        return total if total is place else place.copy_(total)
 
 
 class Merged:
@@ -78,18 +116,17 @@ class Merged:
         """
         if not self.active:
             raise AdapterError("This merge was undone before.")
-        made: list[tuple[Layer, nn.Parameter, nn.Parameter | None]] = []
+        ledgers = {path: _LEDGERS[layer].follow(layer) for path, layer in self._layers.items()}
+        rest = {
+            path: [share for merged, share in ledger.shares.items() if merged is not self]
+            for path, ledger in ledgers.items()
+        }
+        weights = _weights({path: ledger.original for path, ledger in ledgers.items()}, rest)
+        biases = {path: _bias(path, ledger, rest[path]) for path, ledger in ledgers.items()}
         for path, layer in self._layers.items():
-            ledger = _LEDGERS[layer]
-            _follow(ledger.original, layer)
-            if ledger.bias is not None:
-                _follow(ledger.bias, layer)
-            rest = [share for merged, share in ledger.shares.items() if merged is not self]
-            made.append((layer, _weight(path, ledger.original, rest), _bias(path, ledger, rest)))
-        for layer, weight, bias in made:
-            ledger = _LEDGERS[layer]
+            ledger = ledgers[path]
             del ledger.shares[self]
-            layer.weight, layer.bias = weight, bias
+            layer.weight, layer.bias = weights[path], biases[path]
             if not ledger.shares:
                 del _LEDGERS[layer]
         self.active = False
@@ -154,22 +191,21 @@ def merge(adapters: Adapter | Sequence[Adapter], roots: Mapping[str, nn.Module])
                 with naming(path):
                     parts.setdefault(path, []).append((_snapshot(delta, layers[path]), strength))
     changed = {path: layer for path, layer in layers.items() if path in parts}
-    made: dict[LayerPath, tuple[nn.Parameter, nn.Parameter | None]] = {}
-    for path, layer in changed.items():
-        ledger = _LEDGERS.get(layer) or _Ledger(_parameter(layer), _own_bias(layer))
-        _follow(ledger.original, layer)
-        if ledger.bias is not None:
-            _follow(ledger.bias, layer)
-        shares = [*ledger.shares.values(), _Share(tuple(parts[path]))]
-        made[path] = _weight(path, ledger.original, shares), _bias(path, ledger, shares)
+    ledgers = {
+        path: (_LEDGERS.get(layer) or _Ledger(_parameter(layer), _own_bias(layer))).follow(layer)
+        for path, layer in changed.items()
+    }
+    shares = {path: [*ledger.shares.values(), _Share(tuple(parts[path]))] for path, ledger in ledgers.items()}
+    weights = _weights({path: ledger.original for path, ledger in ledgers.items()}, shares)
+    biases = {path: _bias(path, ledger, shares[path]) for path, ledger in ledgers.items()}
     ejected = [adapter for adapter in adapters if adapter.touches(layers.values())]
     merged = Merged(changed, ejected)
     for adapter in ejected:
         adapter.eject()
     for path, layer in changed.items():
-        ledger = _LEDGERS.setdefault(layer, _Ledger(_parameter(layer), _own_bias(layer)))
-        ledger.shares[merged] = _Share(tuple(parts[path]))
-        layer.weight, layer.bias = made[path]
+        ledger = _LEDGERS.setdefault(layer, ledgers[path])
+        ledger.shares[merged] = shares[path][-1]
+        layer.weight, layer.bias = weights[path], biases[path]
     return merged
 
 
@@ -202,23 +238,32 @@ def _own_bias(layer: Layer) -> nn.Parameter | None:
     return bias
 
 
-def _follow(original: nn.Parameter, layer: Layer) -> nn.Parameter:
-    """`original`, moved to where the layer's weight went since (`pipeline.to("cuda")`)."""
-    original.data = original.data.to(layer.weight.device, layer.weight.dtype)
-    return original
-
-
 @torch.no_grad()
-def _weight(path: LayerPath, original: nn.Parameter, shares: Iterable[_Share]) -> nn.Parameter:
-    """W0 + sum of s * d(W0) as a new parameter; W0 itself when there is nothing to add."""
-    parts = [part for share in shares for part in share.parts]
-    if not parts:
-        return original
-    dtype = torch.promote_types(original.dtype, torch.float32)
-    total = original.detach().to(dtype, copy=True)
+def _weights(
+    originals: Mapping[LayerPath, nn.Parameter], shares: Mapping[LayerPath, Iterable[_Share]]
+) -> dict[LayerPath, nn.Parameter]:
+    """W0 + sum of s * d(W0) as a new parameter for each layer; W0 itself where there is nothing to add."""
+    parts = {path: [part for share in shares[path] for part in share.parts] for path in originals}
+    room = _Room({path: original for path, original in originals.items() if parts[path]})
+    return {
+        path: _weight(path, original, parts[path], room) if parts[path] else original
+        for path, original in originals.items()
+    }
+
+
+def _weight(
+    path: LayerPath, original: nn.Parameter, parts: Sequence[tuple[Delta, float]], room: _Room
+) -> nn.Parameter:
+    weight = original.detach()
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    total = room.copied(path, weight, dtype)
     for delta, strength in parts:
-        _on(delta, total.device).add_change(total, original.detach(), strength)
-    return _rounded(f"the weight of {path!r}", total, original)
+        _on(delta, total.device).add_change(total, weight, strength)
+    made = room.rounded(path, total)
+    # asking a fp32 weight's every number takes a fifth of the merge, and a small change can't make one infinite
+    if dtype != weight.dtype or not sum(abs(s) * delta.largest() for delta, s in parts) < _HARMLESS:
+        _refuse_non_finite(f"the weight of {path!r}", made)
+    return nn.Parameter(made, requires_grad=original.requires_grad)
 
 
 @torch.no_grad()
@@ -235,7 +280,9 @@ def _bias(path: LayerPath, ledger: _Ledger, shares: Iterable[_Share]) -> nn.Para
     if not changes:
         return original
     total = sum(changes[1:], changes[0])
-    return _rounded(f"the bias of {path!r}", total if wide is None else wide + total, like)
+    made = (total if wide is None else wide + total).to(like.dtype)
+    _refuse_non_finite(f"the bias of {path!r}", made)
+    return nn.Parameter(made, requires_grad=like.requires_grad)
 
 
 def _on(delta: Delta, device: torch.device) -> Delta:
@@ -243,13 +290,10 @@ def _on(delta: Delta, device: torch.device) -> Delta:
     return delta if next(delta.parameters()).device == device else delta.to(device)
 
 
-def _rounded(what: str, total: Tensor, like: nn.Parameter) -> nn.Parameter:
-    """`total` as a parameter in the dtype of `like`."""
-    rounded = total.to(like.dtype)
+def _refuse_non_finite(what: str, made: Tensor) -> None:
     # The sum first: asking every number takes longer than the merge. NaN and infinity can't hide in it.
-    if not bool(rounded.sum().isfinite()) and not bool(torch.isfinite(rounded).all()):
+    if not bool(made.sum().isfinite()) and not bool(torch.isfinite(made).all()):
         raise AdapterError(
-            f"Merging would make {what} infinite or NaN in {str(like.dtype).removeprefix('torch.')}. "
+            f"Merging would make {what} infinite or NaN in {str(made.dtype).removeprefix('torch.')}. "
             "The model was not changed. Lower the strength, or check the adapter."
         )
-    return nn.Parameter(rounded, requires_grad=like.requires_grad)

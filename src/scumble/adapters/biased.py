@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from scumble.adapters.delta import Delta
+from scumble.adapters.delta import Delta, paired
 from scumble.adapters.families import FAMILIES
 from scumble.adapters.names import BIAS, SIDES, UP_BIAS, apart
 from scumble.adapters.operate import Layer, device_of, shape_of
@@ -102,30 +102,16 @@ class Biased(Delta):
         self.inner.add_to(total, x, y, base, strength)
         total.add_((strength * self._side(y, base)).to(total.dtype))
 
-    def state(self) -> LayerState:
+    def live_state(self) -> LayerState:
         """The inner one's tensors and these."""
-        state = self.inner.state()
-        mine = {name: p.detach().to("cpu", copy=True) for name, p in self.named_parameters(recurse=False)}
+        state = self.inner.live_state()
+        mine = {name: parameter.detach() for name, parameter in self.named_parameters(recurse=False)}
         return replace(state, tensors={**state.tensors, **mine})
 
-    def difference(self, state: LayerState) -> str | None:
-        """See `Delta.difference`."""
+    def pairs(self, state: LayerState) -> list[tuple[nn.Parameter, Tensor]]:
+        """See `Delta.pairs`."""
         inner, sides = apart(state)
-        mine = {name: tuple(p.shape) for name, p in self.named_parameters(recurse=False)}
-        given = {name: tuple(tensor.shape) for name, tensor in sides.items()}
-        said = self.inner.difference(inner)
-        return said or (None if mine == given else f"tensors {mine} here, {given} there")
-
-    @torch.no_grad()
-    def load_state(self, state: LayerState) -> None:
-        """See `Delta.load_state`."""
-        difference = self.difference(state)
-        if difference:
-            raise AdapterError(f"This state belongs to another adapter: {difference}.")
-        inner, sides = apart(state)
-        self.inner.load_state(inner)
-        for name, tensor in sides.items():
-            self.get_parameter(name).copy_(tensor)
+        return [*self.inner.pairs(inner), *paired(self._parameters, sides)]
 
     @classmethod
     def from_state(cls, base: Layer, state: LayerState, *, copy: bool = True) -> Delta:  # type: ignore[override]

@@ -5,8 +5,10 @@ Legend: W the base's weight, x the layer's input, y = base(x) its output, r the 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,6 +16,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from scumble.adapters.blank import set_up
+from scumble.adapters.memory import packed
 from scumble.adapters.operate import Layer, compute_dtype, device_of, operate
 from scumble.adapters.state import LayerState, scale_of
 from scumble.errors import AdapterError
@@ -155,6 +158,10 @@ class Delta(nn.Module, ABC):
         """
         total.add_(self.weight_delta(weight.to(total.dtype)), alpha=strength)
 
+    def largest(self) -> float:
+        """A number that none of `weight_delta` exceeds, whatever the weight; infinity where the family can't say."""
+        return math.inf
+
     @classmethod
     def thin(cls, state: LayerState) -> tuple[Tensor, Tensor, tuple[int, ...]] | None:
         """The change as a product of thin matrices, (out, r) and (r, in * k * k), scale included, and the shape
@@ -192,36 +199,27 @@ class Delta(nn.Module, ABC):
 
     def state(self) -> LayerState:
         """This change as plain data: a copy on the CPU, in the parameters' dtype; `from_state` inverts it."""
-        tensors = {
-            name: parameter.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name, parameter in self.named_parameters()
-        }
+        live = self.live_state()
+        return replace(live, tensors=dict(zip(live.tensors, packed([*live.tensors.values()]), strict=True)))
+
+    def live_state(self) -> LayerState:
+        """As `state`, of the parameters themselves: who trains changes it."""
+        tensors = {name: value.detach() for name, value in self._parameters.items() if value is not None}
         return LayerState(self.family, self.rank, self.alpha, tensors, self.rank_stabilized)
 
-    def difference(self, state: LayerState) -> str | None:
-        """Why `load_state` would refuse `state`, in words; None when it would not."""
-        mine: tuple[Any, ...] = (self.family, self.rank, self.alpha, self.rank_stabilized)
-        theirs = (state.family, state.rank, state.alpha, state.rank_stabilized)
-        words = ("family", "rank", "alpha", "rank_stabilized")
-        said = [f"{w} {a} here, {b} there" for w, a, b in zip(words, mine, theirs, strict=True) if a != b]
-        shapes = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
-        given = {name: tuple(tensor.shape) for name, tensor in state.tensors.items()}
-        if not said and shapes != given:
-            said.append(f"tensors {shapes} here, {given} there")
-        return "; ".join(said) or None
-
-    @torch.no_grad()
-    def load_state(self, state: LayerState) -> None:
-        """Take the values of `state` in place: optimizers keep their parameters.
+    def pairs(self, state: LayerState) -> list[tuple[nn.Parameter, Tensor]]:
+        """(parameter, its value in `state`) of each, so that an optimizer's parameters can take other values in place.
 
         Raises:
-            AdapterError: family, rank, alpha or shapes differ; nothing is changed then.
+            AdapterError: family, rank, alpha or shapes differ.
         """
-        difference = self.difference(state)
-        if difference:
-            raise AdapterError(f"This state belongs to another adapter: {difference}.")
-        for name, parameter in self.named_parameters():
-            parameter.copy_(state.tensors[name])
+        mine: tuple[Any, ...] = (self.family, self.rank, self.alpha, self.rank_stabilized)
+        theirs = (state.family, state.rank, state.alpha, state.rank_stabilized)
+        if mine != theirs:
+            words = ("family", "rank", "alpha", "rank_stabilized")
+            said = (f"{w} {a} here, {b} there" for w, a, b in zip(words, mine, theirs, strict=True) if a != b)
+            raise AdapterError(f"This state belongs to another adapter: {'; '.join(said)}.")
+        return paired(self._parameters, state.tensors)
 
     @classmethod
     def options(cls, settings: DeltaSettings) -> dict[str, Any]:
@@ -261,6 +259,26 @@ class Delta(nn.Module, ABC):
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of parameters whose file has `dtype`: fp32, or fp64."""
     return dtype if dtype == torch.float64 else torch.float32
+
+
+def paired(
+    parameters: Mapping[str, nn.Parameter | None], values: Mapping[str, Tensor]
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """Those of one name together.
+
+    Raises:
+        AdapterError: names or shapes differ.
+    """
+    mine = {name: parameter for name, parameter in parameters.items() if parameter is not None}
+    same = mine.keys() == values.keys()
+    if not same or any(parameter.shape != values[name].shape for name, parameter in mine.items()):
+        here, there = (
+            {name: tuple(tensor.shape) for name, tensor in some.items()} for some in (mine, values)
+        )
+        raise AdapterError(
+            f"This state belongs to another adapter: tensors {_shapes(here)} here, {_shapes(there)} there."
+        )
+    return [(parameter, values[name]) for name, parameter in mine.items()]
 
 
 def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -90,6 +90,13 @@ class Lora(Delta):
             return super().add_change(total, weight, strength)
         total.flatten(1).addmm_(up, down, alpha=strength * self.scale)
 
+    def largest(self) -> float:
+        """|s| |up| |down|, of Frobenius norms: Cauchy and Schwarz, for each row and column."""
+        if type(self).weight_delta is not Lora.weight_delta:  # a family made from this one
+            return math.inf
+        norms = (torch.linalg.vector_norm(factor.detach()) for factor in (self.up, self.down))
+        return abs(self.scale) * math.prod(map(float, norms))
+
     @classmethod
     def thin(cls, state: LayerState) -> tuple[Tensor, Tensor, tuple[int, ...]] | None:
         """s * up, down; at least fp32."""

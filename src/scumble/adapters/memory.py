@@ -1,15 +1,23 @@
-"""Memory: tensors that lie side by side in it, taken as the one that they are.
+"""Memory: tensors that lie side by side in it, taken as the one that they are; and room for such.
 
 What hundreds of small tensors are asked one by one takes most of a load's time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+import mmap
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+_LARGE = 2**22
+"""Bytes: two huge pages."""
 
 
 def runs(tensors: Sequence[Tensor], whole: int = 1) -> list[tuple[Tensor, list[int]]]:
@@ -36,6 +44,66 @@ def runs(tensors: Sequence[Tensor], whole: int = 1) -> list[tuple[Tensor, list[i
             found.append([index])
         expected = (begin + count * kind.itemsize, storage, kind) if dense and not count % whole else ()
     return [(_flat([tensors[index] for index in members]), members) for members in found]
+
+
+def roomy(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(count,) numbers that nobody set. Large ones lie in huge pages where Linux has them: the first touch of each
+    small page costs more than copying what goes there."""
+    import torch
+
+    size = count * dtype.itemsize
+    if device.type != "cpu" or size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(count, dtype=dtype, device=device)
+    room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        room.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(room, dtype=dtype, count=count)
+
+
+def like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of these shapes, dtypes and devices that nobody set, side by side in one memory for each kind, each at a
+    multiple of 64 bytes."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        kinds[tensor.dtype, tensor.device].append(index)
+    made = list(tensors)
+    for (dtype, device), members in kinds.items():
+        step = 64 // dtype.itemsize
+        sizes = [-(-tensors[index].numel() // step) * step for index in members]
+        pieces = roomy(sum(sizes), dtype, device).split(sizes)
+        for index, piece in zip(members, pieces, strict=True):
+            made[index] = piece[: tensors[index].numel()].view(tensors[index].shape)
+    return made
+
+
+def packed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies on the CPU, side by side in one memory for each dtype and device that they come from: contiguous, not
+    aligned, without gradients."""
+    import torch
+
+    kinds: dict[object, list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        kinds[tensor.dtype, tensor.device].append(index)
+    copies = list(tensors)
+    for members in kinds.values():
+        flat = torch.cat([tensors[index].detach().reshape(-1) for index in members]).to("cpu")
+        pieces = flat.split([tensors[index].numel() for index in members])
+        for index, piece in zip(members, pieces, strict=True):
+            copies[index] = piece.view(tensors[index].shape)
+    return copies
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Without the garbage collector, which making thousands of small objects sets off: it then looks through all that
+    the process holds, a tenth of a second and more with torch and its friends, and finds nothing to take away."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _flat(neighbours: Sequence[Tensor]) -> Tensor:

@@ -115,7 +115,9 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     numbers = {name: t for name, t in tensors.items() if t.is_floating_point() and t.numel()}
     # NaN and infinity come through a sum, which may itself become too large: only then they are looked for
     sums = [
-        _comparable(piece).sum() for flat, _ in runs(list(numbers.values())) for piece in flat.split(_AT_ONCE)
+        _comparable(piece).sum()
+        for flat, _ in runs(list(numbers.values()))
+        for piece in (flat.split(_AT_ONCE) if flat.numel() > _AT_ONCE else (flat,))
     ]
     if all(map(math.isfinite, map(float, sums))):
         return []

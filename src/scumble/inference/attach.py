@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from scumble.adapters import Adapted, Adapter, base_state
 from scumble.adapters.layers import Place, places
+from scumble.adapters.memory import no_collection
 from scumble.adapters.operate import Held, shape_of
 from scumble.adapters.state import LayerPath, Metadata
 from scumble.errors import AdapterError, NoEffect
@@ -89,6 +90,7 @@ def load_adapter(
 ) -> tuple[Attached, ...]: ...
 
 
+@no_collection()
 def load_adapter(
     pipeline: Any,
     path: str | Path | Sequence[str | Path],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scumble.adapters.memory import like, no_collection, packed, roomy, runs
+from scumble.adapters.memory import like, packed, roomy, runs
 
 BLOCK = torch.arange(200.0)
 
@@ -79,7 +79,12 @@ def test_packed_copies_lie_in_one_memory_and_keep_shapes_and_numbers(dtype: torc
 
 @pytest.mark.parametrize("count", [10, 2**21])  # of the second, huge pages
 def test_rooms_of_one_kind_are_apart_and_aligned(count: int) -> None:
-    wanted = [torch.empty(count, 3), torch.empty(7), torch.empty(3, 5, dtype=torch.float16), torch.empty(2, 2)]
+    wanted = [
+        torch.empty(count, 3),
+        torch.empty(7),
+        torch.empty(3, 5, dtype=torch.float16),
+        torch.empty(2, 2),
+    ]
     rooms = like(wanted)
     for number, room in enumerate(rooms):
         room.fill_(number)
@@ -96,16 +101,3 @@ def test_a_large_room_outlives_who_made_it() -> None:
     kept = piece()
     gc.collect()
     assert torch.equal(kept, torch.full((8,), 3.0))
-
-
-def test_the_collector_is_as_it_was_whatever_happens() -> None:
-    assert gc.isenabled()
-    with no_collection():
-        assert not gc.isenabled()
-        with no_collection():
-            pass
-        assert not gc.isenabled()  # an inner one must not switch it on for the outer
-    assert gc.isenabled()
-    with pytest.raises(ZeroDivisionError), no_collection():
-        raise ZeroDivisionError
-    assert gc.isenabled()

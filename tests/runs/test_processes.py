@@ -154,8 +154,10 @@ def test_a_person_reads_everything_once(world: Path, tmp_path: Path) -> None:
     ("wrong", "said"),
     [
         (("train.steps=0",), "steps"),
-        (("adapter.targets=nothing_of_the_kind",), "nothing_of_the_kind"),
-        (("data.resolution=17",), "17"),
+        pytest.param(
+            ("adapter.targets=nothing_of_the_kind",), "nothing_of_the_kind", marks=pytest.mark.thorough
+        ),
+        pytest.param(("data.resolution=17",), "17", marks=pytest.mark.thorough),
         (("--images", "not/there"), "not/there"),
     ],
 )

@@ -5,11 +5,10 @@ What hundreds of small tensors are asked one by one takes most of a load's time.
 
 from __future__ import annotations
 
-import gc
 import mmap
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -91,19 +90,6 @@ def packed(tensors: Sequence[Tensor]) -> list[Tensor]:
         for index, piece in zip(members, pieces, strict=True):
             copies[index] = piece.view(tensors[index].shape)
     return copies
-
-
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """Without the garbage collector, which making thousands of small objects sets off: it then looks through all that
-    the process holds, a tenth of a second and more with torch and its friends, and finds nothing to take away."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def _flat(neighbours: Sequence[Tensor]) -> Tensor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from scumble.collector import start_up
 from scumble.errors import ScumbleError, to_be_printed
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -41,6 +43,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("scumble.cli.doctor:doctor", "Check this machine, and name the fix for what is wrong."),
 }
 """Name -> where it lives, and its line in `scumble --help` (the first line of its own help)."""
+
+_LOAD_A_BASE = {"demo", "train", "generate", "evaluate"}
 
 
 class LazyGroup(TyperGroup):
@@ -109,6 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     An error that scumble did not foresee keeps its traceback, since it is a bug.
     """
+    own = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     debug = "--debug" in arguments[:cut]
@@ -116,7 +121,9 @@ def main(arguments: list[str] | None = None) -> None:
     if not debug:  # what the libraries remark on their own optional parts is no news to the person who trains
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        typer.main.get_command(app).main(args=arguments, prog_name="scumble")
+        # a process that is ours alone, and will call `started`
+        with start_up() if own and arguments[:1] and arguments[0] in _LOAD_A_BASE else nullcontext():
+            typer.main.get_command(app).main(args=arguments, prog_name="scumble")
     except ScumbleError as error:
         if debug:
             raise

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from scumble.adapters import Adapted, Adapter, base_state
 from scumble.adapters.layers import Place, places
-from scumble.adapters.memory import no_collection
 from scumble.adapters.operate import Held, shape_of
 from scumble.adapters.state import LayerPath, Metadata
+from scumble.collector import no_collection
 from scumble.errors import AdapterError, NoEffect
 from scumble.formats.codec import Read, cross_attention_width, read
 from scumble.formats.container import PEFT_NAME, WEIGHTS_NAME

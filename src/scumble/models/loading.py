@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from scumble.collector import started
 from scumble.errors import ModelError, did_you_mean
 from scumble.header_dtypes import dtype_of
 from scumble.models import FAMILIES, hub
@@ -473,6 +474,7 @@ def _load_folder(
         cls = _class(kind, configs.name)  # of every component, before the first weight is read
         if part.startswith("scheduler"):
             scheduler = cls.from_config(dict(config))
+    started()
     loaded = _load_parts(weighty(configs), folder, configs, dtypes, variant, configs.name)
     return _components(configs, loaded, tokenizers, scheduler)
 
@@ -656,6 +658,7 @@ def _load_file(
             tokenizers[part].pad_token = padding
     scheduler_config = dict(configs.parts["scheduler"])
     scheduler = _class(scheduler_config["_class_name"], configs.name).from_config(scheduler_config)
+    started()
     loaded = _load_rest(configs, rest, dtypes)
     shapes = read_header(path).shapes
     layout = layout_of(shapes)

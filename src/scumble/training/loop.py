@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,59 +104,47 @@ def train(
             f'precision is "{settings.precision}" in the settings and "{accelerator.mixed_precision}" in the '
             "given Accelerator. Give both the same."
         )
-    if processes is None:
-        with Processes(accelerator, settings.process_timeout) as processes:
-            return train(
-                plan,
-                run,
-                settings,
-                sinks,
-                streams,
-                accelerator,
-                previewer=previewer,
-                resume=resume,
-                accept_changes=accept_changes,
-                layout=layout,
-                interrupt=interrupt,
-                processes=processes,
-            )
     fanout = sinks if isinstance(sinks, Fanout) else Fanout(sinks)
     tell = fanout.handle if accelerator.is_main_process else _silent
     keeper: Keeper | None = None
-    try:
-        if accelerator.is_main_process:
-            run.mkdir(parents=True, exist_ok=True)
-        keeper = Keeper(plan, run, settings, tell, streams, accelerator, previewer, layout, processes)
-        check_same_run(keeper.identity, processes)
-        keeper.resume(resume, accept_changes)
-        tell(Started(run, keeper.total, keeper.step, plan.facts, settings.model_dump(mode="json")))
-        keeper.tell_notes()
-        adapter, difference = None, None
-        with (
-            arithmetic(deterministic=settings.deterministic, tf32=settings.tf32),
-            interrupt or Interrupt() as wish,
-        ):
-            ends = list(itertools.accumulate(phase.steps for phase in plan.phases))
-            complete = all(
-                keeper.step >= end or _train_phase(phase, end - phase.steps, keeper, wish)
-                for phase, end in zip(plan.phases, ends, strict=True)
-            )
-            if complete and accelerator.is_main_process:
-                with telling("the finished adapter was proven", keeper.finished_so_far):
-                    adapter, difference = keeper.finish()
-        if not complete and keeper.last_saved is not None:
-            adapter = keeper.last_saved / ADAPTER
-        reason, seconds = "complete" if complete else "interrupted", time.perf_counter() - begun
-        tell(Finished(keeper.step, seconds, adapter, reason))
-        return TrainResult(keeper.step, adapter, reason, seconds, keeper.best_path, difference)
-    except BaseException as error:
-        step, cause = keeper.step if keeper is not None else 0, processes.explained(error)
-        tell(Finished(step, time.perf_counter() - begun, None, f"{type(cause).__name__}: {cause}"))
-        if cause is not error:
-            raise cause from error
-        raise
-    finally:
-        fanout.close()
+    watched = (
+        Processes(accelerator, settings.process_timeout) if processes is None else nullcontext(processes)
+    )
+    with watched as processes:
+        try:
+            if accelerator.is_main_process:
+                run.mkdir(parents=True, exist_ok=True)
+            keeper = Keeper(plan, run, settings, tell, streams, accelerator, previewer, layout, processes)
+            check_same_run(keeper.identity, processes)
+            keeper.resume(resume, accept_changes)
+            tell(Started(run, keeper.total, keeper.step, plan.facts, settings.model_dump(mode="json")))
+            keeper.tell_notes()
+            adapter, difference = None, None
+            with (
+                arithmetic(deterministic=settings.deterministic, tf32=settings.tf32),
+                interrupt or Interrupt() as wish,
+            ):
+                ends = list(itertools.accumulate(phase.steps for phase in plan.phases))
+                complete = all(
+                    keeper.step >= end or _train_phase(phase, end - phase.steps, keeper, wish)
+                    for phase, end in zip(plan.phases, ends, strict=True)
+                )
+                if complete and accelerator.is_main_process:
+                    with telling("the finished adapter was proven", keeper.finished_so_far):
+                        adapter, difference = keeper.finish()
+            if not complete and keeper.last_saved is not None:
+                adapter = keeper.last_saved / ADAPTER
+            reason, seconds = "complete" if complete else "interrupted", time.perf_counter() - begun
+            tell(Finished(keeper.step, seconds, adapter, reason))
+            return TrainResult(keeper.step, adapter, reason, seconds, keeper.best_path, difference)
+        except BaseException as error:
+            step, cause = keeper.step if keeper is not None else 0, processes.explained(error)
+            tell(Finished(step, time.perf_counter() - begun, None, f"{type(cause).__name__}: {cause}"))
+            if cause is not error:
+                raise cause from error
+            raise
+        finally:
+            fanout.close()
 
 
 def _train_phase(phase: Phase, start: int, keeper: Keeper, wish: Interrupt) -> bool:

@@ -20,6 +20,7 @@ from functools import lru_cache
 from scumble.adapters.state import AdapterState, LayerPath
 from scumble.errors import FormatError
 from scumble.formats.keymap import CLIP_BEGINS, split_root
+from scumble.formats.kinds import weight_shape
 from scumble.formats.tables.bases import ORIGINAL
 from scumble.formats.tables.modules import ANY_TRANSFORMER, ANY_UNET, CLIP_NORMS, CLIP_TEXT, UNET_NORMS
 
@@ -52,6 +53,12 @@ _LYCORIS = re.compile(
     r"hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?|dora_scale|magnitude|diff(_b)?|[wb]_norm|on_input|weight|bias|"
     r"oft_(blocks|diag|R(\.\w+)?)|boft_\w+|rescale|scalar|[ab][12]\.weight|scumble\.\w+\.\w+"
 )
+
+_ARCHITECTURE = ("ss_base_model_version", "modelspec.architecture")
+"""Header entries in which kohya's tools and their kin say what an adapter is for."""
+_SDXL, _SD = ("sdxl", "stable-diffusion-xl"), ("sd_v", "sd_1", "sd_2", "stable-diffusion-v")
+_DEEP = re.compile(r"^unet\..*\.transformer_blocks\.[1-9]")
+"""SD 1 and 2 have one block in each transformer, SDXL up to ten."""
 
 _LEVEL = 2
 """Resnets on one level of the original code's UNets: SD 1, SD 2 and SDXL."""
@@ -139,18 +146,21 @@ def spell(path: LayerPath, sdxl: bool) -> str | None:
 
 
 def is_sdxl(state: AdapterState) -> bool:
-    """Whether an adapter is for SDXL: by its base, its second text encoder or the width of its text."""
+    """Whether an adapter is for SDXL: by what it says of its base, layers that no other UNet has, or the width of its
+    text."""
     if any(path.startswith("transformer.") for path in state.layers):
         return False
     if state.metadata.base_family in ORIGINAL:
         return ORIGINAL[state.metadata.base_family]
+    said = [state.metadata.extra.get(entry, "").lower() for entry in _ARCHITECTURE]
+    if any(word.startswith(_SDXL) for word in said):
+        return True
+    if any(word.startswith(_SD) for word in said):
+        return False
     return any(
         path.startswith(("text_encoder_2.", "unet.add_embedding."))
-        or (
-            path.endswith((".attn2.to_k", ".attn2.to_v"))
-            and "down" in layer.tensors
-            and layer.tensors["down"].shape[1] == 2048
-        )
+        or _DEEP.search(path) is not None
+        or (path.endswith((".attn2.to_k", ".attn2.to_v")) and (weight_shape(layer) or (0, 0))[1] == 2048)
         for path, layer in state.layers.items()
     )
 

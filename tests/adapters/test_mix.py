@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from scumble.adapters import AdapterState, LayerState, LoraSettings, Metadata, T
 from scumble.adapters.factors import Keep, change_of
 from scumble.adapters.families import FAMILIES
 from scumble.adapters.mix import METHODS, MixSettings, Part, mix, subtract
+from scumble.adapters.shapes import is_whole
 from scumble.errors import AdapterError, ConfigError, NoLayerMatches, UnknownName, WrongBase
 
 Q, K, CONV = "unet.down_blocks.0.attn1.to_q", "unet.up_blocks.1.attn2.to_k", "unet.mid_block.conv1"
@@ -183,9 +185,46 @@ def test_families_mix_by_their_weight_delta() -> None:
         expected = 0.5 * change(one, Q) - 2.0 * delta.weight_delta(weights[Q]).detach().double()
         torch.testing.assert_close(change(mixed, Q), expected, rtol=1e-4, atol=1e-4)
         assert mixed.layers[Q].family == "lora"
-        if family.thin(delta.state()) is None:
-            with pytest.raises(AdapterError, match=f"{name}.*Name the base"):
-                mix([Part(one), Part(other)])
+        if family.thin(delta.state()) is not None or is_whole(delta.state()):
+            assert torch.equal(change(mix([Part(one, 0.5), Part(other, -2.0)]).state, Q), change(mixed, Q)), (
+                "the base says nothing that the tensors don't"
+            )
+            continue
+        with pytest.raises(AdapterError, match=f"{name}.*Name the base"):
+            mix([Part(one), Part(other)])
+
+
+def test_a_kernel_that_the_tensors_do_not_tell_is_asked_of_the_base() -> None:
+    flat = LayerState(
+        "loha",
+        1,
+        1.0,
+        {
+            "w1_a": torch.ones(4, 1),
+            "w1_b": torch.ones(1, 9),
+            "w2_a": torch.ones(4, 1),
+            "w2_b": torch.ones(1, 9),
+        },
+    )
+    for name in ("conv1", "proj_in"):
+        with pytest.raises(AdapterError, match=r"don't tell a convolution's kernel.*Name the base"):
+            mix([Part(AdapterState({f"unet.{name}": flat}))])
+    assert mix([Part(AdapterState({"unet.to_q": flat}))]).state.layers["unet.to_q"].rank == 1
+
+
+def test_shapes_of_every_family_are_compared() -> None:
+    small = LayerState("full", 1, 1.0, {"diff": torch.ones(3, 5)})
+    with pytest.raises(WrongBase, match=r"\(24, 20\) in one and \(3, 5\) in two"):
+        mix([Part(AdapterState({Q: lora(Q)}), name="one"), Part(AdapterState({Q: small}), name="two")])
+
+
+@pytest.mark.parametrize("strength", [math.nan, math.inf, -math.inf])
+def test_a_strength_that_is_not_finite_is_refused(strength: float) -> None:
+    said = f"must be finite; that of fox is {strength}"
+    with pytest.raises(AdapterError, match=said):
+        Part(adapter(0), strength, name="fox")
+    with pytest.raises(AdapterError, match=said):
+        Part(adapter(0), 1.0, {"*": strength}, name="fox")
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float64])

@@ -119,6 +119,13 @@ def test_two_places_that_disagree_about_alpha_are_refused() -> None:
         Diffusers().decode(TensorFile(file.tensors, edited), [Q])
 
 
+def test_patterns_with_a_beginning_fit_a_peft_models_own_names() -> None:
+    rest = Q.removeprefix("unet.")
+    tensors = pair(f"unet.base_model.model.{rest}")
+    decoded = decode(tensors, config(lora_alpha=2, alpha_pattern={f"^{rest}": 20}))
+    assert decoded.state.layers[Q].alpha == 20.0
+
+
 def test_metadata_without_a_prefix_belongs_to_tensors_without_one() -> None:
     decoded = decode(pair(Q.removeprefix("unet.")), config("", lora_alpha=2, alpha_pattern={"attn1.to_q": 1}))
     assert decoded.state.layers[Q].alpha == 1.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -182,4 +184,23 @@ def test_an_adapter_for_sdxl_is_known_by_its_width_its_second_encoder_or_its_wor
     assert is_sdxl(adapter([one], Metadata(base_family="sdxl")))
     tensors = {"down": torch.zeros(4, 2048), "up": torch.zeros(32, 4)}
     assert is_sdxl(AdapterState({one: type(layer(one))("lora", 4, 4.0, tensors)}))
+    factors = {"w1": torch.zeros(4, 4), "w2": torch.zeros(8, 512)}  # a Kronecker product of 32 x 2048
+    assert is_sdxl(AdapterState({one: type(layer(one))("lokr", 4, 4.0, factors)}))
+    deep = one.replace("transformer_blocks.0", "transformer_blocks.3")
+    assert deep != one and is_sdxl(AdapterState({deep: layer(one)}))
     assert len(known_layers()) == len(set(known_layers()))
+
+
+@pytest.mark.parametrize(
+    ("entry", "word", "expected"),
+    [
+        ("ss_base_model_version", "sdxl_base_v1-0", True),
+        ("modelspec.architecture", "stable-diffusion-xl-v1-base/lora", True),
+        ("ss_base_model_version", "sd_v1", False),
+        ("modelspec.architecture", "stable-diffusion-v1/lora", False),
+    ],
+)
+def test_an_adapter_for_sdxl_is_known_by_what_its_file_says(entry: str, word: str, expected: bool) -> None:
+    state = AdapterState({"text_encoder.encoder.layers.1.mlp.fc1": layer(f"{BLOCK}.attn2.to_k")})
+    assert not is_sdxl(state)
+    assert is_sdxl(replace(state, metadata=Metadata(extra={entry: word}))) is expected

@@ -170,6 +170,28 @@ def test_a_limit_of_zero_is_no_turn_in_kohyas_own_oft() -> None:
             Lycoris().decode(file, layers)
 
 
+def test_where_some_limits_are_zero_the_others_act_and_it_is_said() -> None:
+    turns, still = "oft_unet_down_blocks_0_resnets_0_conv1", "oft_unet_down_blocks_0_resnets_0_conv2"
+    down, up = torch.ones(2, 12), torch.ones(20, 2)
+    beside = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    tensors = {
+        f"{turns}.oft_blocks": torch.ones(5, 4, 4),
+        f"{turns}.alpha": torch.tensor(0.5),
+        f"{still}.oft_blocks": torch.ones(5, 4, 4),
+        f"{still}.alpha": torch.tensor(0.0),
+        f"{beside}.lora_down.weight": down,
+        f"{beside}.lora_up.weight": up,
+    }
+    found = Lycoris().decode(TensorFile(tensors), None)
+    acting = {path.rpartition(".")[2] for path in found.state.layers}
+    assert acting == {"conv1", "q_proj"} and not found.unused
+    assert any("1 layer left out, where alpha 0 allows" in note for note in found.notes)
+    without = {name: tensor for name, tensor in tensors.items() if not name.startswith(turns)}
+    assert {path.rpartition(".")[2] for path in Lycoris().decode(TensorFile(without), None).state.layers} == {
+        "q_proj"
+    }
+
+
 @pytest.mark.parametrize("word", [True, "True", "true"])
 def test_a_scale_that_a_file_does_not_tell_is_refused(word: object) -> None:
     """LyCORIS saves the alpha of a rank-stabilized GLoRA as if it were none, and reads it back so."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import pickle
@@ -20,7 +21,15 @@ from packaging.version import Version
 
 from scumble.adapters import Adapted, Adapter, layers_of
 from scumble.adapters.state import AdapterState, LayerState, Metadata
-from scumble.errors import AdapterError, FormatError, NoEffect, ScumbleError, UnusedTensors, WrongBase
+from scumble.errors import (
+    AdapterError,
+    FormatError,
+    NoEffect,
+    NotFinite,
+    ScumbleError,
+    UnusedTensors,
+    WrongBase,
+)
 from scumble.formats import CODECS, WEIGHTS_NAME, TensorFile, write
 from scumble.formats.container import load, save, to_bytes
 from scumble.inference.attach import Attached, load_adapter, roots_of, unload_adapters
@@ -277,6 +286,50 @@ def test_a_pipeline_with_peft_adapters_is_refused(tmp_path: Path) -> None:
     pipeline.load_lora_weights(str(tmp_path))
     with pytest.raises(AdapterError, match="unload_lora_weights"):
         load_adapter(pipeline, tmp_path)
+
+
+def test_fused_attention_is_refused_because_nothing_would_happen(tmp_path: Path) -> None:
+    pipeline = fresh()
+    write(adapter(pipeline, "unet."), tmp_path)
+    pipeline.fuse_qkv_projections(vae=False)
+    before = digest(pipeline)
+    with pytest.raises(AdapterError, match=r"fused.*unfuse_qkv_projections"):
+        load_adapter(pipeline, tmp_path)
+    assert digest(pipeline) == before
+    pipeline.unfuse_qkv_projections(vae=False)
+    load_adapter(pipeline, tmp_path, quiet=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_finite_numbers_whose_products_are_not_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    pipeline = fresh()
+    state = adapter(pipeline, "unet.")
+    huge = {
+        path: replace(layer, tensors={name: (t * 1e25).to(dtype) for name, t in layer.tensors.items()})
+        for path, layer in state.layers.items()
+    }
+    write(replace(state, layers=huge), tmp_path / "huge.safetensors")
+    large = {path: replace(layer, alpha=1e30) for path, layer in state.layers.items()}
+    write(replace(state, layers=large), tmp_path / "large.safetensors")
+    before = digest(pipeline)
+    with pytest.raises(NotFinite, match=r"huge.safetensors can't be used.*diverged"):
+        load_adapter(pipeline, tmp_path / "huge.safetensors")
+    assert digest(pipeline) == before
+    load_adapter(pipeline, tmp_path / "large.safetensors", quiet=True)  # large, and finite
+
+
+def test_a_copy_of_a_unet_is_one_with_its_own_adapter(tmp_path: Path) -> None:
+    pipeline = fresh()
+    write(adapter(pipeline, "unet."), tmp_path)
+    attached = load_adapter(pipeline, tmp_path, quiet=True)
+    twin = copy.deepcopy(pipeline.unet)
+    inputs = (torch.ones(1, 4, 8, 8), 300, torch.ones(1, 77, twin.config.cross_attention_dim))
+    with torch.no_grad():
+        drawn = twin(*inputs).sample
+        assert torch.equal(drawn, pipeline.unet(*inputs).sample)
+        attached.adapter.strength = 0.0
+        assert torch.equal(drawn, twin(*inputs).sample)
+        assert not torch.equal(drawn, pipeline.unet(*inputs).sample)
 
 
 def test_what_is_no_pipeline_is_refused() -> None:

@@ -16,6 +16,7 @@ adapter.py   Adapter: inject, eject, strength, parameters, state, load
 tokens.py    TokenRows: learned rows of new words, beside a text encoder's frozen table
 state.py     AdapterState: an adapter as plain data
 names.py     what the tensors are called that several families have
+shapes.py    what they tell of the weight that they change
 memory.py    tensors that lie side by side, taken as one; memory for many
 algebra.py   merge into a base's weights, and the exact way back
 factors.py   a change as a thin product: its singular values, its norm, how much of it to keep

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Self
 
 import torch
@@ -71,7 +70,7 @@ class Adapter:
         if not name:
             raise AdapterError("An adapter needs a name that is not empty.")
         self.name = name
-        self.deltas = MappingProxyType(dict(deltas))
+        self.deltas = dict(deltas)
         self.matched = matched
         self.tokens = tokens
         self._roots = dict(roots)

@@ -19,6 +19,7 @@ from scumble.adapters.biased import changes_bias
 from scumble.adapters.families import FAMILIES
 from scumble.adapters.lora import Lora
 from scumble.adapters.operate import Layer
+from scumble.adapters.shapes import is_whole, whole_shape
 from scumble.adapters.state import LayerPath, LayerState
 from scumble.errors import AdapterError, ConfigError
 
@@ -172,10 +173,18 @@ def change_of(path: LayerPath, layer: LayerState, weights: Weights | None = None
         left, right, shape = thin
         return (left @ right).view(_fitting(path, shape, weight))
     if weight is None:
-        raise AdapterError(
-            f"{path!r} is changed by {layer.family}, whose change can't be told without the base's weight. "
-            "Name the base (--base on the command line)."
-        )
+        told = whole_shape(path, layer)
+        if told is None:
+            why = (
+                "whose tensors don't tell a convolution's kernel"
+                if is_whole(layer)
+                else "whose change can't be told"
+            )
+            raise AdapterError(
+                f"{path!r} is changed by {layer.family}, {why} without the base's weight. Name the base (--base on the "
+                "command line)."
+            )
+        weight = torch.zeros(told)
     wide = widened(weight)
     with torch.no_grad():
         delta = family.from_state(_shell(wide), layer).eval()
@@ -200,8 +209,16 @@ def refuse_other_than_weights(path: LayerPath, layer: LayerState) -> None:
 
 def shape_of(path: LayerPath, layer: LayerState, weights: Weights | None = None) -> tuple[int, ...]:
     """The shape of the weight that a layer changes: (out, in) or (out, in / groups, k, k)."""
+    if weights is not None and path in weights and FAMILIES.get(layer.family).thin(layer) is None:
+        return tuple(weights[path].shape)
+    told = told_shape(path, layer)
+    return told if told is not None else tuple(change_of(path, layer, weights).shape)
+
+
+def told_shape(path: LayerPath, layer: LayerState) -> tuple[int, ...] | None:
+    """As `shape_of`, where the layer's tensors tell it."""
     thin = FAMILIES.get(layer.family).thin(layer)
-    return thin[2] if thin is not None else tuple(change_of(path, layer, weights).shape)
+    return thin[2] if thin is not None else whole_shape(path, layer)
 
 
 def _fitting(path: LayerPath, shape: tuple[int, ...], weight: Tensor | None) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ cut to one, and `Mixed.kept` says what that cost. Merged into a base it needs no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -34,8 +35,8 @@ from scumble.adapters.factors import (
     factors_of,
     refuse_other_than_weights,
     shape_of,
+    told_shape,
 )
-from scumble.adapters.families import FAMILIES
 from scumble.adapters.lora import Lora
 from scumble.adapters.resize import Resized, resize
 from scumble.adapters.state import AdapterState, LayerPath, LayerState, Metadata, TokenState
@@ -60,6 +61,15 @@ class Part:
     wins."""
     name: str = "an adapter"
     """What messages call it."""
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            AdapterError: a strength is not finite.
+        """
+        for strength in (self.strength, *self.blocks.values()):
+            if not math.isfinite(strength):
+                raise AdapterError(f"A strength must be finite; that of {self.name} is {strength}.")
 
     def strengths(self) -> dict[LayerPath, float]:
         """Its strength at each of its layers.
@@ -211,9 +221,9 @@ def shares_of(parts: Sequence[Part], weights: Weights | None = None) -> dict[Lay
         for path, strength in part.strengths().items():
             layer = part.state.layers[path]
             refuse_other_than_weights(path, layer)
-            if FAMILIES.get(layer.family).thin(layer) is not None:
-                shape, first = shapes.setdefault(path, (shape_of(path, layer), part.name))
-                mine = shape_of(path, layer)
+            mine = told_shape(path, layer)
+            if mine is not None:
+                shape, first = shapes.setdefault(path, (mine, part.name))
                 if mine[:2] != shape[:2]:
                     raise WrongBase(
                         f"These adapters are for different bases: {path!r} is {shape} in {first} and {mine} in "

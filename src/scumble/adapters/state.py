@@ -112,16 +112,32 @@ class AdapterState:
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """The names of the tensors that hold NaN or infinity; one pass over the numbers."""
+    return surveyed(tensors)[0]
+
+
+def surveyed(tensors: Mapping[str, Tensor]) -> tuple[list[str], float]:
+    """(names of the tensors that hold NaN or infinity, a size that no number exceeds); one pass over the numbers."""
     numbers = {name: t for name, t in tensors.items() if t.is_floating_point() and t.numel()}
     # NaN and infinity come through a sum, which may itself become too large: only then they are looked for
-    sums = [
-        _comparable(piece).sum()
+    sizes = [
+        _size(piece)
         for flat, _ in runs(list(numbers.values()))
         for piece in (flat.split(_AT_ONCE) if flat.numel() > _AT_ONCE else (flat,))
     ]
-    if all(map(math.isfinite, map(float, sums))):
-        return []
-    return [name for name, tensor in numbers.items() if not _finite(tensor)]
+    if all(map(math.isfinite, sizes)):
+        return [], max(sizes, default=0.0)
+    return [name for name, tensor in numbers.items() if not _finite(tensor)], math.inf
+
+
+def _size(piece: Tensor) -> float:
+    """What no number of a flat tensor exceeds; not finite where one is not, or where it can't be told."""
+    import torch
+
+    if piece.dtype == torch.bfloat16:  # as wide as fp32
+        piece = piece.float()
+    if piece.dtype in (torch.float32, torch.float64):
+        return math.sqrt(float(piece.dot(piece)))
+    return torch.finfo(piece.dtype).max if math.isfinite(float(_comparable(piece).sum())) else math.nan
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -7,6 +7,7 @@ claim is an error.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from scumble.adapters.state import AdapterState, LayerPath, not_finite
+from scumble.adapters.shapes import weight_shape
+from scumble.adapters.state import AdapterState, LayerPath, surveyed
 from scumble.errors import CannotRepresent, FormatError, NotFinite, UnknownFormat, UnusedTensors, WrongBase
 from scumble.formats.container import (
     PICKLES,
@@ -30,7 +32,6 @@ from scumble.formats.container import (
     split,
 )
 from scumble.formats.keymap import ROOTS, split_root
-from scumble.formats.kinds import weight_shape
 from scumble.formats.pairs import NO_LAYER, Decoded, count
 from scumble.formats.seal import sealed
 from scumble.formats.stored import Stored
@@ -135,6 +136,8 @@ class Read:
     """`"128/128 unet layers, 0 unused tensors (alpha absent: using alpha = rank)"`"""
     files: tuple[Path, ...] = ()
     """All its files: more than one of an adapter in parts."""
+    largest: float = 0.0
+    """What no number in it exceeds in size; infinity where that was not asked."""
 
 
 def detect(path: str | Path) -> str:
@@ -168,7 +171,7 @@ def read(
     # before a whole checkpoint of several GB is read
     file = load(where, lambda header: claims.append(_codec_for(header)), stored=stored)
     codec = claims[0]
-    _refuse_non_finite(file.tensors, f"{where.name} can't be used")
+    largest = _refuse_non_finite(file.tensors, f"{where.name} can't be used")
     shapes = _shapes(layers) if isinstance(layers, Mapping) else {}
     decoded = codec.decode(file, shapes or layers)
     # the wrong base explains unused tensors better than their list does
@@ -184,6 +187,7 @@ def read(
         decoded.notes,
         _report(decoded),
         tuple(files_of(where).values()),
+        largest,
     )
 
 
@@ -331,16 +335,19 @@ def _codec_for(file: TensorFile) -> Codec:
     )
 
 
-def _refuse_non_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+def _refuse_non_finite(tensors: Mapping[str, Tensor], what: str) -> float:
+    """What no number exceeds; infinity where they are left as they lie."""
     everything: Mapping[str, object] = tensors
     as_they_lie = {name: tensor for name, tensor in everything.items() if isinstance(tensor, Stored)}
     others = {name: t for name, t in tensors.items() if name not in as_they_lie} if as_they_lie else tensors
-    broken = [name for name, tensor in as_they_lie.items() if not tensor.finite()] + not_finite(others)
+    strange, largest = surveyed(others)
+    broken = [name for name, tensor in as_they_lie.items() if not tensor.finite()] + strange
     if broken:
         raise NotFinite(
             f"{what}: {len(broken)} of {count(tensors, 'tensor')} not finite (NaN or infinity), "
             f"first {_short(broken[0])}."
         )
+    return math.inf if as_they_lie else largest
 
 
 def _shapes(layers: Mapping[LayerPath, Any]) -> dict[LayerPath, tuple[int, ...]]:

@@ -20,7 +20,7 @@ from scumble.formats.attention_processors import is_processor
 from scumble.formats.bundles import sizes, token_tensors, with_tokens
 from scumble.formats.codec import cannot_represent
 from scumble.formats.container import PEFT_CONFIG, TensorFile
-from scumble.formats.keymap import ROOTS, LayerNames, classic, split_root
+from scumble.formats.keymap import PEFT_MODEL, ROOTS, LayerNames, classic, split_root
 from scumble.formats.lora_config import (
     LoraConfig,
     lora_configs,
@@ -122,6 +122,7 @@ def _read_lora_configs(table: Mapping[str, Any], ranks: Mapping[str, int]) -> di
     readers: dict[str, LoraConfig | None] = {}
     for name in ranks:
         root, rest = split_root(name)
+        rest = rest.removeprefix(PEFT_MODEL)
         if root not in readers:
             # a component that was saved alone has no prefix on its tensors, and none on its fields
             prefix = "" if bare else f"{root}."

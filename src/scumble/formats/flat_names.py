@@ -17,10 +17,10 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
+from scumble.adapters.shapes import weight_shape
 from scumble.adapters.state import AdapterState, LayerPath
 from scumble.errors import FormatError
 from scumble.formats.keymap import CLIP_BEGINS, split_root
-from scumble.formats.kinds import weight_shape
 from scumble.formats.tables.bases import ORIGINAL
 from scumble.formats.tables.modules import ANY_TRANSFORMER, ANY_UNET, CLIP_NORMS, CLIP_TEXT, UNET_NORMS
 

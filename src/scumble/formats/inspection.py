@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 from scumble.adapters.families import FAMILIES
 from scumble.adapters.names import INPUTS, OUTPUTS, UP_BIAS, apart
+from scumble.adapters.shapes import weight_shape
 from scumble.adapters.state import AdapterState, LayerPath, LayerState, Metadata, TokenState
 from scumble.formats.codec import base_title, cross_attention_width, down_shapes, read
 from scumble.formats.container import files_of
 from scumble.formats.keymap import ROOTS, split_root
-from scumble.formats.kinds import reads_weight, weight_shape
+from scumble.formats.kinds import reads_weight
 from scumble.formats.stored import dtype_name, numbers_of
 from scumble.formats.tables.bases import told_by
 

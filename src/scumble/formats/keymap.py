@@ -17,6 +17,8 @@ ROOTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_
 """Components of diffusers pipelines that adapters go to."""
 
 
+PEFT_MODEL = "base_model.model."
+"""How a peft model's own names begin."""
 CLIP_BEGINS = ("encoder.layers.", "final_layer_norm")
 """How the names of CLIP's layers begin, less `text_model.`."""
 
@@ -76,7 +78,7 @@ def _spellings(spelled: str) -> list[LayerPath]:
     root, rest = split_root(spelled)
     if root == "unet" and rest.startswith("unet."):  # diffusers 0.22 wrote the prefix twice
         rest = rest.removeprefix("unet.")
-    rest = rest.removeprefix("base_model.model.")  # a peft model's own names, saved by diffusers' writer
+    rest = rest.removeprefix(PEFT_MODEL)  # saved by diffusers' writer
     names = [f"{root}.{rest}"]
     if root.startswith("text_encoder"):
         other = rest.removeprefix("text_model.") if rest.startswith("text_model.") else f"text_model.{rest}"

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, cast
 
 from scumble.adapters.families import FAMILIES
 from scumble.adapters.names import BIAS, INPUT_FORMS, INPUTS, OUTPUTS, UP_BIAS, apart, triangle_size
+from scumble.adapters.shapes import weight_shape
 from scumble.adapters.state import LayerState
 from scumble.errors import FormatError
 
@@ -271,36 +272,6 @@ def magnitude(spelled: str, parts: Mapping[str, Tensor], shape: Sequence[int]) -
     return {INPUTS if by_input else OUTPUTS: tensor.flatten()}
 
 
-def weight_shape(state: LayerState) -> tuple[int, ...] | None:
-    """(out, in[, k, k]) of the weight that a layer's tensors change, kernels flattened into `in` where the tensors
-    hold them so; None where the tensors contradict each other, or are of a family that does not tell."""
-    t = state.tensors
-    try:
-        match state.family:
-            case "lora" | "dora":
-                return (t["up"].shape[0], *t["down"].shape[1:])
-            case "loha":
-                first, second = (_product(t, f"w{n}_a", f"w{n}_b", f"t{n}") for n in (1, 2))
-                return first if first == second else None
-            case "lokr":
-                a, c = t["w1"].shape if "w1" in t else _product(t, "w1_a", "w1_b", "")
-                b, d, *kernel = t["w2"].shape if "w2" in t else _product(t, "w2_a", "w2_b", "t2")
-                return (a * b, c * d, *kernel)
-            case "glora":
-                return _glora_shape(*(tuple(t[name].shape) for name in ("a1", "a2", "b1", "b2")))
-            case "full":
-                return tuple(t["diff"].shape) if "diff" in t else (len(t[BIAS]), 0)
-            case "ia3":
-                ((name, factors),) = apart(state)[0].tensors.items()
-                number = factors.numel()
-                return (0, number) if name.startswith("input_") else (number, 0)
-            case "oft" | "boft":
-                return _turned_shape(state.family, t)
-    except (KeyError, ValueError, IndexError):
-        return None
-    return None
-
-
 def fit_tensors(state: LayerState, weight: Sequence[int]) -> LayerState | None:
     """`state` for a weight of this shape, its tensors reshaped where only kernels were written otherwise; None when
     it does not fit."""
@@ -385,32 +356,6 @@ def _own(family: str) -> Kind:
     return Kind(family, (), prefix=f"scumble.{family}.", own=True)
 
 
-def _product(t: Mapping[str, Tensor], a: str, b: str, core: str) -> tuple[int, ...]:
-    """Shape of a @ b, or of the core multiplied by both.
-
-    Raises:
-        ValueError: the shapes do not go together.
-    """
-    left, right = t[a], t[b]
-    right_rank, inner = right.shape[0], math.prod(right.shape[1:])
-    if core not in t:
-        if left.ndim != 2 or left.shape[1] != right_rank:
-            raise ValueError
-        return left.shape[0], inner
-    if left.ndim != 2 or t[core].ndim != 4 or tuple(t[core].shape[:2]) != (left.shape[0], right_rank):
-        raise ValueError
-    return left.shape[1], inner, *t[core].shape[2:]
-
-
-def _glora_shape(
-    a1: Sequence[int], a2: Sequence[int], b1: Sequence[int], b2: Sequence[int]
-) -> tuple[int, ...] | None:
-    """Shape of W from those of the factors in W a1 @ a2 + b1 @ b2; None where they contradict each other."""
-    thin = math.prod((*a1[2:], *a2[2:], *b1[2:])) == 1
-    agree = a1[:2] == a2[:2][::-1] and a2[:2] == b2[:2] and b1[1] == b2[0]
-    return (b1[0], *b2[1:]) if thin and agree else None
-
-
 def _has_rank(name: str) -> bool:
     """Whether a tensor's rows are the rank: a factor on the input side."""
     return name.endswith("_b") or name in ("down", "a2", "b2")
@@ -442,20 +387,6 @@ def _rotation(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
         tensors["weight_series"] = wide / (2 * math.sqrt(max(1, size - 1)))
     blocks = tensors.get("blocks")
     return "boft" if blocks is not None and blocks.ndim == 4 else "oft", tensors
-
-
-def _turned_shape(family: str, t: Mapping[str, Tensor]) -> tuple[int, int] | None:
-    """(out, 0) where outputs turn, (0, in * k * k) where inputs do; None where the tensors contradict each other. One
-    block that all share tells neither."""
-    form = next((name for name in INPUT_FORMS if name in t), None)
-    if form is not None:
-        number, size = t[form].shape[0], triangle_size(t[form].shape[1])
-        return (0, number * size if number > 1 else 0) if t[form].ndim == 2 and size else None
-    number, size, other = t["blocks"].shape[-3:]
-    wrong = size != other or t["blocks"].ndim != (4 if family == "boft" else 3)
-    if wrong or ("rescale" in t and t["rescale"].numel() != number * size):
-        return None
-    return number * size, 0
 
 
 def _ia3(spelled: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

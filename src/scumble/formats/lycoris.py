@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from scumble.adapters.families import FAMILIES
 from scumble.adapters.names import BIAS, INPUTS, OUTPUTS, UP_BIAS
+from scumble.adapters.shapes import weight_shape
 from scumble.adapters.state import AdapterState, LayerPath, LayerState
 from scumble.errors import FormatError, NoEffect
 from scumble.formats.bundles import with_tokens
@@ -38,7 +39,6 @@ from scumble.formats.kinds import (
     parts_of,
     split_ending,
     told_rank,
-    weight_shape,
 )
 from scumble.formats.kohya import hashes, refuse_transformers, tool_header
 from scumble.formats.metadata import compact, to_header
@@ -48,6 +48,7 @@ from scumble.formats.pairs import (
     alpha_tensor,
     assemble,
     check_lora,
+    count,
     refuse_unsupported,
     split_factor,
 )
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 _PAIRS = ("lora", "dora")
 _STABILIZED = re.compile(r'"rs_lora":\s*"?true', re.IGNORECASE)
 """In the header entry ss_network_args."""
+_LIMIT = re.compile(r"oft_.*\.alpha")
 _ALGORITHMS = {"lora": "locon", "dora": "locon"}
 """Family -> LyCORIS's word for it, where that is another."""
 
@@ -77,7 +79,6 @@ class Lycoris:
     def decode(self, file: TensorFile, layers: Collection[LayerPath] | None) -> Decoded:
         """See `Codec.decode`."""
         refuse_unsupported(file.tensors)
-        _refuse_nothing(file)
         _refuse_untold_scales(file)
         refuse_transformers(file)
         factors = [
@@ -85,8 +86,19 @@ class Lycoris:
         ]
         whole = {factor.layer for factor in factors if factor.part != "alpha"}
         factors = [factor for factor in factors if factor.layer in whole]
+        still = _still(file)
+        ignored = [factor.name for factor in factors if factor.layer in still]
+        factors = [factor for factor in factors if factor.layer not in still]
+        if still and not factors:
+            raise NoEffect(
+                f"{file.label} has no effect: its alpha is 0, which in kohya's OFT allows no turn at all. Not applied."
+            )
         scales = partial(settle, file, zero_means_rank=True)
-        return with_tokens(file, assemble(file, factors, FlatNames(layers), scales))
+        decoded = assemble(file, factors, FlatNames(layers), scales, ignored)
+        if still:
+            said = f"{count(still, 'layer')} left out, where alpha 0 allows kohya's OFT no turn"
+            decoded = replace(decoded, notes=(*decoded.notes, said))
+        return with_tokens(file, decoded)
 
     def obstacle(self, state: AdapterState) -> str | None:
         """See `Codec.obstacle`."""
@@ -145,13 +157,10 @@ def _split(name: str) -> tuple[str, str]:
     return (layer, part) if part else split_ending(name, flat=True)
 
 
-def _refuse_nothing(file: TensorFile) -> None:
-    """Refuse what kohya's own OFT reads as no change at all: there, and only there, a limit of 0 is one."""
-    limits = [n for n in file.tensors if n.startswith("oft_") and n.endswith(".alpha")]
-    if limits and not any(bool(file.tensors[name].any()) for name in limits):
-        raise NoEffect(
-            f"{file.label} has no effect: its alpha is 0, which in kohya's OFT allows no turn at all. Not applied."
-        )
+def _still(file: TensorFile) -> set[str]:
+    """The layers that kohya's own OFT does not turn: there, and only there, a limit of 0 allows nothing."""
+    limits = {name: tensor for name, tensor in file.tensors.items() if _LIMIT.fullmatch(name)}
+    return {name.removesuffix(".alpha") for name, tensor in limits.items() if not bool(tensor.any())}
 
 
 def _refuse_untold_scales(file: TensorFile) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from scumble.adapters.shapes import weight_shape
 from scumble.adapters.state import AdapterState, LayerPath, LayerState
 from scumble.errors import FormatError
 from scumble.formats.container import TensorFile
@@ -24,7 +25,6 @@ from scumble.formats.kinds import (
     magnitude,
     split_ending,
     state_of,
-    weight_shape,
 )
 from scumble.formats.metadata import LAYERS, LayerFacts, from_header, layer_facts
 from scumble.formats.stored import scalar

@@ -20,7 +20,7 @@ from scumble.adapters.state import AdapterState, LayerPath, LayerState
 from scumble.errors import FormatError
 from scumble.formats.codec import cannot_represent
 from scumble.formats.container import PEFT_CONFIG, PEFT_NAME, TensorFile, join, split
-from scumble.formats.keymap import LayerNames, split_root
+from scumble.formats.keymap import PEFT_MODEL, LayerNames, split_root
 from scumble.formats.lora_config import (
     LoraConfig,
     lora_configs,
@@ -43,7 +43,6 @@ from scumble.formats.scales import settle
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PREFIX = "base_model.model."
 _CLASSES = {
     "unet": ("UNet2DConditionModel", "diffusers.models.unets.unet_2d_condition"),
     "text_encoder": ("CLIPTextModel", "transformers.models.clip.modeling_clip"),
@@ -74,7 +73,7 @@ class Peft:
     def matches(self, file: TensorFile) -> bool:
         """Whether peft's configuration is beside it, or any tensor is called as peft calls it."""
         return any(
-            PEFT_CONFIG in part.beside or any(name.startswith(_PREFIX) for name in part.tensors)
+            PEFT_CONFIG in part.beside or any(name.startswith(PEFT_MODEL) for name in part.tensors)
             for part in split(file).values()
         )
 
@@ -145,7 +144,7 @@ def _encode(state: AdapterState, root: str, mine: Mapping[str, LayerState]) -> T
     layers = {f"{root}.{rest}": layer for rest, layer in mine.items()}
     for rest, layer in mine.items():
         parts = pair_tensors(f"{root}.{rest}", layer) if kind is None else kind.tensors(layer)
-        tensors |= {f"{_PREFIX}{rest}.{part}": tensor for part, tensor in parts.items()}
+        tensors |= {f"{PEFT_MODEL}{rest}.{part}": tensor for part, tensor in parts.items()}
     name, module = _CLASSES[root]
     config = {
         "peft_type": "LORA" if kind is None else kind.name,
@@ -189,7 +188,7 @@ def _decode(file: TensorFile, part: str, layers: Collection[LayerPath] | None) -
     told = set()
     for name, tensor in file.tensors.items():
         spelled, word = split_factor(name)
-        rest = spelled.removeprefix(_PREFIX)
+        rest = spelled.removeprefix(PEFT_MODEL)
         if word and word != "alpha":
             word = word if kind is None else kind.part(config or {}, rest, word, tensor)
             factors.append(Factor(name, f"{root}.{rest}", word))

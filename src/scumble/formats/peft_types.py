@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from scumble.adapters.names import INPUTS, OUTPUTS, TERMS, triangle_size
+from scumble.adapters.shapes import weight_shape
 from scumble.adapters.state import LayerState
 from scumble.errors import FormatError
-from scumble.formats.kinds import parts_of, weight_shape
+from scumble.formats.kinds import parts_of
 from scumble.formats.lora_config import LoraConfig, pattern_fields
 from scumble.formats.metadata import LayerFacts, is_number
 

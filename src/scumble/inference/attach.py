@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from scumble.adapters import Adapted, Adapter, base_state
-from scumble.adapters.layers import Place, places
+from scumble.adapters.biased import delta_of
+from scumble.adapters.delta import wide
+from scumble.adapters.layers import Place, layers_of, places
 from scumble.adapters.operate import Held, shape_of
 from scumble.adapters.state import LayerPath, Metadata
 from scumble.collector import no_collection
-from scumble.errors import AdapterError, NoEffect
+from scumble.errors import AdapterError, NoEffect, NotFinite
 from scumble.formats.codec import Read, cross_attention_width, read
 from scumble.formats.container import PEFT_NAME, WEIGHTS_NAME
 from scumble.formats.inspection import is_idle
@@ -38,6 +40,10 @@ from scumble.models.vocabulary import Vocabulary, spelled, vocabulary_of
 _KEY = "_scumble_attached"
 _UNNAMED = (Path(WEIGHTS_NAME).stem, Path(PEFT_NAME).stem)
 """What files are called that take their name from their folder."""
+_USUAL = 1e6
+"""No product of a family's few factors overflows fp32 below it, and no sound adapter comes near it."""
+_FUSED = {"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"}
+"""What diffusers' attention leaves idle when it is fused."""
 _FINGERPRINTS: WeakKeyDictionary[nn.Module, tuple[object, str]] = WeakKeyDictionary()
 """Denoiser -> (which tensors, in which version; their fingerprint): reading a whole UNet takes seconds."""
 
@@ -116,13 +122,15 @@ def load_adapter(
     Raises:
         FormatError: see `formats.read`. Nothing was changed.
         NoEffect: every change in the file is zero. Nothing was changed.
-        AdapterError: the name is taken, or the pipeline has no denoiser. Nothing was changed.
+        AdapterError: the name is taken, or the pipeline has no denoiser, or holds adapters of peft's or fused
+            attention, beside which this one would not act. Nothing was changed.
     """
     paths = [path] if isinstance(path, str | Path) else list(path)
     strengths = list(strength) if isinstance(strength, Sequence) else [strength] * len(paths)
     roots = roots_of(pipeline)
     there = places(roots, norms=True)
     _refuse_peft(there)
+    _refuse_fused(there)
     names = _names(name, paths, there)
     if not paths or len({len(paths), len(strengths), len(names)}) != 1:
         raise AdapterError(
@@ -203,6 +211,33 @@ def _refuse_peft(there: Mapping[LayerPath, Place]) -> None:
         )
 
 
+def _refuse_fused(there: Mapping[LayerPath, Place]) -> None:
+    """Refuse attention that computes q, k and v in one product (`fuse_qkv_projections`): diffusers keeps the layers
+    that adapters change beside it, and nobody calls them."""
+    idle = next(
+        (
+            path
+            for path, place in there.items()
+            for parent, name in place.slots
+            if name in _FUSED and _is_fused(parent)
+        ),
+        None,
+    )
+    if idle is not None:
+        raise AdapterError(
+            f"This pipeline's attention is fused (fuse_qkv_projections), so that nothing calls {idle!r} and an adapter "
+            "there would do nothing. Call pipeline.unfuse_qkv_projections() first; unload adapters before you fuse."
+        )
+
+
+def _is_fused(attention: nn.Module) -> bool:
+    if not getattr(attention, "fused_projections", False):
+        return False
+    # diffusers' first class of attention keeps the mark when it is taken apart again: its processor tells
+    processor = getattr(attention, "processor", None)
+    return type(attention).__name__ != "Attention" or type(processor).__name__.startswith("Fused")
+
+
 def _names(
     name: str | Sequence[str] | None, paths: Sequence[str | Path], there: Mapping[LayerPath, Place]
 ) -> list[str]:
@@ -246,6 +281,7 @@ def read_checked(
     Raises:
         FormatError: see `formats.read`; WrongBase also where the file names another family than the base's.
         NoEffect: every change in the file is zero.
+        NotFinite: a tensor holds NaN or infinity, or their products come to it.
     """
     found = read(path, shapes, allow_partial=allow_partial)
     idle = [layer for layer, state in found.state.layers.items() if is_idle(state)]
@@ -254,6 +290,8 @@ def read_checked(
             f"{found.path.name} has no numerical effect: the change is zero in all {len(idle)} layers. It "
             "was saved before its first training step, or its alpha is 0. Not applied."
         )
+    if not found.largest < _USUAL or any(abs(state.scale) > _USUAL for state in found.state.layers.values()):
+        _refuse_overflow(found, roots)
     notes = []
     if idle:
         notes.append(
@@ -282,6 +320,20 @@ def read_checked(
         )
     match = compare(said, _used(said, shapes, pipeline, roots, base))
     return found, match, (*notes, *([match.note] if match.note else []))
+
+
+@torch.no_grad()
+def _refuse_overflow(found: Read, roots: Mapping[str, nn.Module]) -> None:
+    """Refuse finite numbers whose products are not."""
+    layers = layers_of(roots, norms=True)
+    for path, state in found.state.layers.items():
+        weight = layers[path].weight
+        delta = delta_of(layers[path], state)
+        if not bool(delta.weight_delta(weight.to(wide(weight.dtype))).isfinite().all()):
+            raise NotFinite(
+                f"{found.path.name} can't be used: its numbers are finite, but so large that the change which they "
+                f"make to {path!r} is not. The training diverged: take an earlier checkpoint. Not applied."
+            )
 
 
 def _used(

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile
 # one thread each on two cores; a third worker, because tests of processes wait
 
-.PHONY: setup demo check test test-all clean
+.PHONY: setup demo check test test-all test-kernels clean
 
 setup: $(BIN)/scumble
 
@@ -27,6 +27,11 @@ test: setup        ## everything that protects the main job
 
 test-all: setup    ## every case: every mix of dtypes in every family, two hosts, photographs
 	$(PYTEST)
+
+# diffusers imports bitsandbytes wherever it is, 0.9 s in every process: beside the environment, for these tests alone
+test-kernels: setup  ## bases in few bits, read by bitsandbytes' kernels
+	test -d $(VENV)/beside || $(BIN)/pip install -q --disable-pip-version-check --no-deps --target $(VENV)/beside bitsandbytes==0.50.2
+	PYTHONPATH=$(VENV)/beside $(PYTEST) tests/models/test_kernels.py tests/laws/test_quantized.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

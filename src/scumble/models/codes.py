@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scumble.errors import ModelError, UnknownName
+from scumble.models.kernels import kernel
 
 BLOCK = 64
 """Weights that share a scale: neighbours in the weight's own order."""
@@ -84,15 +85,23 @@ class Code(ABC):
 
     def decode(self, codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """The inverse of `encode`, to rounding: a new tensor. Each number is computed in fp32 and rounded once."""
-        wide, count = scales.view(torch.bfloat16), shape.numel()
-        if codes.device.type != "cpu" or torch.compiler.is_compiling():
-            numbers = (self.decode_unit(codes) * wide.float()).to(dtype)
+        wide = scales.view(torch.bfloat16)
+        compiling = torch.compiler.is_compiling()
+        faster = None if compiling or codes.is_meta else kernel(self, codes.device.type, dtype, BLOCK)
+        if faster is not None:
+            numbers = faster(codes, wide.float().view(-1))
+        elif compiling or codes.device.type != "cpu":
+            numbers = self.read(codes, wide.float(), dtype)
         else:
             numbers = torch.empty(len(codes), BLOCK, dtype=dtype)
             for begin in range(0, len(codes), PIECE):
                 piece = slice(begin, begin + PIECE)
-                numbers[piece] = self.decode_unit(codes[piece]).mul_(wide[piece].float())
-        return numbers.view(-1)[:count].view(shape)
+                numbers[piece] = self.read(codes[piece], wide[piece].float(), dtype)
+        return numbers.view(-1)[: shape.numel()].view(shape)
+
+    def read(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """(n, BLOCK) numbers by torch alone; `scales` (n, 1) fp32."""
+        return self.decode_unit(codes).mul_(scales).to(dtype)
 
     def size(self, count: int) -> int:
         """Bytes of `count` numbers with their scales."""
@@ -158,13 +167,13 @@ class Nf4(Code):
         nearest = torch.zeros(numbers.shape, dtype=torch.uint8, device=numbers.device)
         for one, next_one in pairwise(self.levels):
             nearest += numbers > (one + next_one) / 2
-        return nearest[:, 0::2] | nearest[:, 1::2] << 4
+        return nearest[:, 0::2] << 4 | nearest[:, 1::2]  # the first in the upper half, as bitsandbytes packs
 
     def decode_unit(self, codes: Tensor) -> Tensor:
         """See Code."""
         # both numbers of a byte are looked up at once
         levels = torch.tensor(self.levels, device=codes.device)
-        pairs = torch.stack([levels.repeat(16), levels.repeat_interleave(16)], dim=1)
+        pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
         return pairs.index_select(0, codes.flatten().int()).view(len(codes), -1)
 
 

@@ -1,4 +1,4 @@
-"""How long reading a weight that is held in few bits takes: plain torch, and bitsandbytes' kernels where it is installed.
+"""How long reading a weight held in few bits takes: plain torch, and bitsandbytes where it is installed.
 
     pip install --no-deps --target /tmp/beside bitsandbytes
     PYTHONPATH=/tmp/beside OMP_NUM_THREADS=1 python benchmarks/decoding.py --clock cpu

@@ -189,16 +189,30 @@ def read_header(path: Path) -> Header:
             raise ModelError(
                 f"{path} is not a .safetensors file: its header is not JSON. Download it again."
             ) from error
-    metadata = entries.pop("__metadata__", {})
-    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    if size < 8 + length + end:
-        raise ModelError(
-            f"{path} is cut off: it has {size:,} bytes and its header promises {8 + length + end:,}. "
-            f"Download it again."
-        )
     start = 8 + length
-    spans = {n: (start + e["data_offsets"][0], start + e["data_offsets"][1]) for n, e in entries.items()}
-    return Header({n: (e["dtype"], tuple(e["shape"])) for n, e in entries.items()}, metadata, spans)
+    try:
+        metadata = entries.pop("__metadata__", {})
+        tensors = {
+            name: (str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in entries.items()
+        }
+        spans = {name: _span(entry["data_offsets"], start) for name, entry in entries.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{path} is not a .safetensors file: its header is no table of tensors ({error!r}). Download it again."
+        ) from error
+    end = max((end for _, end in spans.values()), default=start)
+    if size < end:
+        raise ModelError(
+            f"{path} is cut off: it has {size:,} bytes and its header promises {end:,}. Download it again."
+        )
+    return Header(tensors, metadata, spans)
+
+
+def _span(offsets: Any, start: int) -> tuple[int, int]:
+    begin, end = map(int, offsets)
+    if not 0 <= begin <= end:
+        raise ValueError(f"from {begin} to {end}")
+    return start + begin, start + end
 
 
 def _what_it_looks_like(first: bytes, size: int) -> str:

@@ -6,8 +6,8 @@
 
 Every subject is taught from its five pictures on the embedded base. All methods are told the same: the pictures, and
 captions that say what each shows and call the subject "zorbik creature"; where a word is learned, it is "zorbik". All
-adapters have one form, one optimizer and one way to choose noise levels (`ADAPTER`, `TRAIN`), found on the first
-subject; the class whose look is to be kept is "cat", where words also begin. Seconds are those of one core's work, so
+adapters have one form, one optimizer and one way to choose noise levels (`ADAPTER`, `TRAIN`), found on some of the
+subjects; the class whose look is to be kept is "cat", where words also begin. Seconds are those of one core's work, so
 that two processes beside each other measure as one alone. Each row is written to `benchmarks/results/methods.json` as
 soon as it is measured, and a row that is there is not done
 again; the table goes to `benchmarks/results/methods.md`.
@@ -50,10 +50,10 @@ METHODS = (
     "pivotal, unet, joint",
 )
 ADAPTER = {"rank": 16, "dropout": 0.2, "targets": "attention+conv"}
-TRAIN = {
+TRAIN = {  # at 3e-3 adapters learn less, at 12e-3 the base breaks (docs/methods.md)
     "batch": 4,
     "checkpoint_every": 0,
-    "optimizer": {"learning_rate": 3e-3},
+    "optimizer": {"learning_rate": 6e-3},
     "objective": {"timesteps": {"distribution": "logit-normal", "mean": 0.2, "spread": 0.8}},
 }
 WORD_RATE, PIVOT_RATE = 2e-2, 3e-3
@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS, metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps of every method")
-    parser.add_argument("--pictures", type=int, default=12, help="pictures of the subject that are judged")
+    parser.add_argument("--pictures", type=int, default=24, help="pictures of the subject that are judged")
     parser.add_argument(
         "--unrelated", type=int, default=10, help="unrelated prompts; the product's own is 50"
     )

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from scumble.adapters import AdapterState
 from scumble.adapters.factors import change_of
+from scumble.adapters.state import LayerState, TokenState
 from scumble.cli.main import COMMANDS, app
 from scumble.cli.merge import parse_blocks
 from scumble.errors import AdapterError, ConfigError, FormatError, ScumbleError, UnknownName
@@ -239,3 +240,19 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         with pytest.raises(ScumbleError, match=r"no adapter|no file or folder"):
             run(command, *arguments)
     assert set(SHAPES) >= set(ATTENTION) and not list(tmp_path.iterdir())
+
+
+def test_what_a_terminal_would_obey_in_a_file_is_shown_and_not_sent(tmp_path: Path) -> None:
+    name = "\x1b[31m[bold]\x07"
+    tensors = {"down": torch.ones(1, 3), "up": torch.ones(3, 1)}
+    tokens = {f"<{name}>": TokenState({"text_encoder": torch.ones(1, 32)})}
+    path = write(
+        AdapterState({f"unet.{name}": LayerState("lora", 1, 1.0, tensors)}, tokens),
+        tmp_path / "a.safetensors",
+    )
+    for said in (
+        run("check-mix", path, path),
+        run("check-mix", path, path, "--layers"),
+        run("convert", path, "--to", "diffusers"),
+    ):
+        assert "\\x1b[31m[bold]\\x07" in said and "\x1b" not in said and "\x07" not in said

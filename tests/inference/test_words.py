@@ -135,3 +135,14 @@ def test_a_preview_takes_the_live_words_out_and_puts_them_back(tmp_path: Path) -
     assert live.attached and next(live.parameters()) is row and row.requires_grad
     assert isinstance(base.roots["text_encoder"].get_input_embeddings(), TokenTable)  # type: ignore[operator]
     assert torch.equal(base.encode_prompts(["a <fox>"]).tokens, said)
+
+
+def test_what_a_terminal_would_obey_in_a_word_is_shown_and_not_sent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe: Any = tiny().pipeline()
+    attached = load_adapter(pipe, word(tmp_path / "fox.safetensors", "<\x1b[31m\x07>", lora=True))
+    unload_adapters(pipe)
+    assert capsys.readouterr().out == f"{attached}\n"
+    assert "with 1 token: <\\x1b[31m\\x07>" in str(attached)
+    assert "\x1b" not in str(attached) and "\x07" not in str(attached)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from scumble.cli.options import Base, Overwrite
+from scumble.errors import printable
 
 
 def check_mix(
@@ -27,6 +28,7 @@ def check_mix(
     """Say where two adapters meet, and which will damage the other."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from scumble.runs.check_mix import COLUMNS, check, draw
     from scumble.runs.rework import refuse_existing
@@ -38,7 +40,9 @@ def check_mix(
     table = Table("layer" if layers else "block", "layers", *COLUMNS, box=None, header_style="bold")
     for row in (*found.rows, found.whole):
         values = [f"{row.values[name]:.2f}" for name in COLUMNS]
-        table.add_row(row.name, str(row.layers), *values, style="bold" if row is found.whole else "")
+        table.add_row(
+            Text(printable(row.name)), str(row.layers), *values, style="bold" if row is found.whole else ""
+        )
     console.print(table)
     for line in found.notes:
         console.print(line, markup=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scumble.cli.options import Rest
-from scumble.errors import ConfigError
+from scumble.errors import ConfigError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,6 +85,7 @@ def _picture(console: Console, blocks: Sequence[Block]) -> None:
     """A bar for every block, the longest for the block that moves farthest."""
     from rich.bar import Bar
     from rich.table import Table
+    from rich.text import Text
 
     most = max((block.norm or 0.0 for block in blocks), default=0.0) or 1.0
     table = Table("block", "layers", "norm of the change", "", box=None, header_style="bold")
@@ -92,7 +93,7 @@ def _picture(console: Console, blocks: Sequence[Block]) -> None:
         known = block.norm is not None
         bar = Bar(most, 0, block.norm or 0.0, width=32, color="cyan")
         table.add_row(
-            block.name,
+            Text(printable(block.name)),
             str(block.layers),
             f"{block.norm:.4g}" if known else "only with --against BASE",
             bar if known else "",
@@ -103,8 +104,9 @@ def _picture(console: Console, blocks: Sequence[Block]) -> None:
 def _rows(console: Console, rows: list[tuple[str, str]]) -> None:
     from rich.text import Text
 
-    width = max(len(name) for name, _ in rows) + 2
-    for name, value in rows:
+    shown = [(printable(name), printable(value)) for name, value in rows]
+    width = max(len(name) for name, _ in shown) + 2
+    for name, value in shown:
         console.print(Text.assemble((f"{name:<{width}}", "bold"), value))
 
 
@@ -150,7 +152,7 @@ def _compare(console: Console, file: Path, against: str, rest: str | None) -> No
         _act(console, base, found)
     if found.unused:
         for name in found.unused[:10]:
-            console.print(Text(f"unused: {name}", style="yellow"))
+            console.print(Text(f"unused: {printable(name)}", style="yellow"))
         if len(found.unused) > 10:
             console.print(f"... and {len(found.unused) - 10} more")
         raise typer.Exit(1)

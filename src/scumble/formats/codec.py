@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from scumble.adapters.state import AdapterState, LayerPath, not_finite
-from scumble.errors import CannotRepresent, FormatError, NotFinite, UnknownFormat, UnusedTensors, WrongBase
+from scumble.errors import (
+    CannotRepresent,
+    FormatError,
+    NotFinite,
+    UnknownFormat,
+    UnusedTensors,
+    WrongBase,
+    printable,
+)
 from scumble.formats.container import (
     PICKLES,
     TENSOR_LIMIT,
@@ -171,6 +179,7 @@ def read(
     _refuse_non_finite(file.tensors, f"{where.name} can't be used")
     shapes = _shapes(layers) if isinstance(layers, Mapping) else {}
     decoded = codec.decode(file, shapes or layers)
+    decoded = replace(decoded, notes=tuple(map(printable, decoded.notes)))
     # the wrong base explains unused tensors better than their list does
     whole = _believed(codec, file, decoded) if decoded.unused else decoded
     _refuse_wrong_base(whole.state, shapes)

@@ -23,7 +23,7 @@ from scumble.adapters.layers import Place, places
 from scumble.adapters.operate import Held, shape_of
 from scumble.adapters.state import LayerPath, Metadata
 from scumble.collector import no_collection
-from scumble.errors import AdapterError, NoEffect
+from scumble.errors import AdapterError, NoEffect, printable
 from scumble.formats.codec import Read, cross_attention_width, read
 from scumble.formats.container import PEFT_NAME, WEIGHTS_NAME
 from scumble.formats.inspection import is_idle
@@ -281,7 +281,8 @@ def read_checked(
             f"says {prediction}."
         )
     match = compare(said, _used(said, shapes, pipeline, roots, base))
-    return found, match, (*notes, *([match.note] if match.note else []))
+    notes += [match.note] if match.note else []
+    return found, match, tuple(map(printable, notes))
 
 
 def _used(

@@ -89,10 +89,12 @@ def test_what_a_terminal_would_obey_in_a_file_is_shown_and_not_sent(tmp_path: Pa
     shown = "\\x1b]0;PWN\\x07\\x1b[31m[bold]\\x9b"
     layers = {f"unet.{evil}": LayerState("lora", 1, 1.0, {"down": torch.ones(1, 3), "up": torch.ones(3, 1)})}
     tokens = {f"<{evil}>": TokenState({"text_encoder": torch.ones(1, 32)})}
+    tokens["my fox"] = TokenState({"text_encoder": torch.ones(2, 32)})
     said = Metadata(base_name=evil, extra={evil: evil})
     code, text = run(write(AdapterState(layers, tokens, said), tmp_path))
     assert code == 0 and not any(letter in text for letter in "\x1b\x07\x9b")
     assert f"base        {shown}" in text  # a value
     assert f"{shown}  {shown}" in text  # a key and its value
-    assert f"<{shown}>  1 vector" in text and f"with 1 token: <{shown}>" in text
+    assert f"<{shown}>  1 vector\n" in text and f"with 2 tokens: <{shown}>" in text
+    assert "2 vectors, in a prompt: my_fox" in text
     assert f"unet.{shown}" in text  # a block of the picture

@@ -32,7 +32,9 @@ two_encoders = AdapterState(
 )
 
 
-@pytest.mark.parametrize("one", [state("<fox>"), state("fox-toy"), state("<s1>", "<s2>"), two_encoders])
+@pytest.mark.parametrize(
+    "one", [state("<fox>"), state("fox-toy"), state("my fox"), state("<s1>", "my fox"), two_encoders]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_decode_inverts_encode(one: AdapterState, dtype: torch.dtype, tmp_path: Path) -> None:
     cast = {w: TokenState({r: v.to(dtype) for r, v in t.vectors.items()}) for w, t in one.tokens.items()}

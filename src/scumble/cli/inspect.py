@@ -46,6 +46,9 @@ def inspect(
 
 
 def _show(console: Console, found: Inspection) -> None:
+    from scumble.adapters.names import one_word
+    from scumble.formats.pairs import count
+
     facts: list[tuple[str, str]] = [
         ("file", str(found.path)),
         ("dialect", found.dialect),
@@ -74,7 +77,13 @@ def _show(console: Console, found: Inspection) -> None:
         console.print("\ntokens")
         _rows(
             console,
-            [(name, f"{number} vector{'s' * (number != 1)}") for name, number in found.tokens.items()],
+            [
+                (
+                    name,
+                    count(number, "vector") + f", in a prompt: {one_word(name)}" * (one_word(name) != name),
+                )
+                for name, number in found.tokens.items()
+            ],
         )
     if found.blocks:
         console.print()

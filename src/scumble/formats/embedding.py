@@ -39,7 +39,7 @@ _ROOTS = {
 """Whole names of tensors -> the text encoder that they are for; the word is said elsewhere."""
 _WRITTEN = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _BRACKETED = re.compile(r"<[^<>]+>")
-_PLAIN = re.compile(r"[^.:/\s]+")
+_PLAIN = re.compile(r"[^.:/]+")
 
 
 class Embedding:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from scumble.adapters import Adapted, Adapter, base_state
 from scumble.adapters.layers import Place, places
+from scumble.adapters.names import one_word
 from scumble.adapters.operate import Held, shape_of
 from scumble.adapters.state import LayerPath, Metadata
 from scumble.collector import no_collection
@@ -261,12 +262,17 @@ def read_checked(
         )
     if found.unused:
         notes.append(f"{len(found.unused)} tensors were left out, first {found.unused[0]!r}.")
+    notes += [
+        f"Write {one_word(name)!r} in a prompt for the file's token {name!r}: a word has no blanks."
+        for name in found.state.tokens
+        if one_word(name) != name
+    ]
     several = [
         name for name, token in found.state.tokens.items() if len(next(iter(token.vectors.values()))) > 1
     ]
     if several and base is None and not hasattr(pipeline, "maybe_convert_prompt"):
-        word = several[0]
-        written = " ".join(spelled(word, len(next(iter(found.state.tokens[word].vectors.values())))))
+        word = one_word(several[0])
+        written = " ".join(spelled(word, len(next(iter(found.state.tokens[several[0]].vectors.values())))))
         notes.append(
             f"A {type(pipeline).__name__} doesn't spell words of several vectors: write {written!r} where you mean "
             f"{word!r}."

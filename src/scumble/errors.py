@@ -98,6 +98,11 @@ class WrongBase(FormatError):
 class UnusedTensors(FormatError):
     """Some tensors of the file match no layer of the base."""
 
+    def __init__(self, text: str, usable: int = 0) -> None:
+        self.usable = usable
+        """How many others would be used where a part of the file is asked for."""
+        super().__init__(text)
+
 
 class NotFinite(FormatError):
     """A tensor holds NaN or infinity."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from scumble.adapters.state import AdapterState, LayerState, Metadata, TokenStat
 from scumble.cli.inspect import inspect
 from scumble.errors import FormatError, WrongBase
 from scumble.formats import write
+from scumble.formats.container import load, save
 from tests.formats.adapters_of import SHAPES, adapter
 
 app = typer.Typer()
@@ -98,3 +100,11 @@ def test_what_a_terminal_would_obey_in_a_file_is_shown_and_not_sent(tmp_path: Pa
     assert f"<{shown}>  1 vector\n" in text and f"with 2 tokens: <{shown}>" in text
     assert "2 vectors, in a prompt: my_fox" in text
     assert f"unet.{shown}" in text  # a block of the picture
+
+
+def test_tensors_of_no_known_kind_are_shown_beside_what_the_file_holds(tmp_path: Path) -> None:
+    file = load(write(adapter(), tmp_path))
+    strange = {f"{letter}.strange": torch.ones(1) for letter in "abcdefghijkl"}
+    save(replace(file, tensors={**file.tensors, **strange}), tmp_path / "b.safetensors")
+    code, text = run(tmp_path / "b.safetensors")
+    assert code == 0 and "8 unet" in text and text.count(".strange") == 10 and "... and 2 more" in text

@@ -35,7 +35,7 @@ def check_mix(
 
     console = Console(highlight=False, soft_wrap=True)
     if picture is not None:
-        refuse_existing(picture, overwrite, [first, second])
+        refuse_existing(picture, overwrite, [first, second], "--picture")
     found = check(first, second, base=base, energy=energy, per_layer=layers)
     table = Table("layer" if layers else "block", "layers", *COLUMNS, box=None, header_style="bold")
     for row in (*found.rows, found.whole):

@@ -67,6 +67,7 @@ def _show(console: Console, found: Inspection) -> None:
         ("sha256", found.sha256),
     ]
     facts += [("note", note) for note in found.notes]
+    facts += [("no known kind", name) for name in _first(found.unused)]
     _rows(console, facts)
     said = {name: text for name, text in vars(found.metadata).items() if name != "extra" and text}
     entries = [(name, _clip(text)) for name, text in (*said.items(), *sorted(found.metadata.extra.items()))]
@@ -126,6 +127,12 @@ def _tally(counts: dict[Any, int]) -> str:
     return ", ".join(f"{value:g} ({number} layer{'s' * (number != 1)})" for value, number in counts.items())
 
 
+def _first(names: Sequence[str]) -> list[str]:
+    """Ten of them, and how many more there are."""
+    more = [f"... and {len(names) - 10} more"] if len(names) > 10 else []
+    return [*names[:10], *more]
+
+
 def _clip(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= 200 else line[:197] + "..."
@@ -160,10 +167,8 @@ def _compare(console: Console, file: Path, against: str, rest: str | None) -> No
     if found.state.layers:
         _act(console, base, found)
     if found.unused:
-        for name in found.unused[:10]:
+        for name in _first(found.unused):
             console.print(Text(f"unused: {printable(name)}", style="yellow"))
-        if len(found.unused) > 10:
-            console.print(f"... and {len(found.unused) - 10} more")
         raise typer.Exit(1)
 
 

@@ -404,8 +404,7 @@ def _refuse_unused(
     lines.append(f"First {len(shown)} unmatched: {', '.join(_short(name) for name in shown)}.")
     if not something:
         raise UnusedTensors(" ".join([*lines, "Nothing matched: not applied."]))
-    lines.append(f"Not applied. --allow-partial (allow_partial=True) applies the other {len(decoded.used)}.")
-    raise UnusedTensors(" ".join(lines))
+    raise UnusedTensors(" ".join([*lines, "Not applied."]), len(decoded.used))
 
 
 def _report(decoded: Decoded) -> str:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NO_LAYER = "matched no layer"
+NO_KIND = "matched no known kind"
 
 _UNSUPPORTED = (
     (re.compile(r"\.lora_embedding_[AB](\.weight)?$"), "lora_embedding"),
@@ -152,7 +153,7 @@ def assemble(
     spelling: dict[LayerPath, str] = {}
     used: list[str] = []
     taken = {name for found in parts.values() for name in found.values()} | set(ignored)
-    unused = {name: "is of no known kind" for name in file.tensors if name not in taken}
+    unused = {name: NO_KIND for name in file.tensors if name not in taken}
     for spelled, found in parts.items():
         path = names.resolve(spelled)
         if path is None:
@@ -174,7 +175,7 @@ def assemble(
         if layer is None:
             mine = weight_shape(bare[spelled])
             unused |= dict.fromkeys(
-                found.values(), f"change a weight of {mine}, where the model has {tuple(shape or ())}"
+                found.values(), f"would change a weight of {mine}, where the model has {tuple(shape or ())}"
             )
             continue
         layers[path] = layer

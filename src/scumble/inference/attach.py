@@ -24,7 +24,7 @@ from scumble.adapters.names import one_word
 from scumble.adapters.operate import Held, shape_of
 from scumble.adapters.state import LayerPath, Metadata
 from scumble.collector import no_collection
-from scumble.errors import AdapterError, NoEffect, printable
+from scumble.errors import AdapterError, NoEffect, UnusedTensors, printable
 from scumble.formats.codec import Read, cross_attention_width, read
 from scumble.formats.container import PEFT_NAME, WEIGHTS_NAME
 from scumble.formats.inspection import is_idle
@@ -248,7 +248,16 @@ def read_checked(
         FormatError: see `formats.read`; WrongBase also where the file names another family than the base's.
         NoEffect: every change in the file is zero.
     """
-    found = read(path, shapes, allow_partial=allow_partial)
+    try:
+        found = read(path, shapes, allow_partial=allow_partial)
+    except UnusedTensors as error:
+        if not error.usable:
+            raise
+        raise UnusedTensors(
+            f"{error} To draw with the other {error.usable}: scumble generate --allow-partial, in Python "
+            "allow_partial=True.",
+            error.usable,
+        ) from None
     idle = [layer for layer, state in found.state.layers.items() if is_idle(state)]
     if len(idle) == len(found.state.layers) and not found.state.tokens:
         raise NoEffect(

@@ -72,11 +72,12 @@ def test_every_spelling_is_read(spelling: str, tmp_path: Path) -> None:
     assert found.state.equal(AdapterState({}, {"<cat-toy>": TokenState(expected)}))
 
 
+@pytest.mark.parametrize("table", [dict, torch.nn.ParameterDict])
 @pytest.mark.parametrize("ending", [".pt", ".bin"])
-def test_an_a1111_pickle_is_read_without_running_anything(ending: str, tmp_path: Path) -> None:
+def test_an_a1111_pickle_is_read_without_running_anything(table: Any, ending: str, tmp_path: Path) -> None:
     content = {
         "string_to_token": {"*": 265},
-        "string_to_param": {"*": torch.nn.Parameter(rows())},
+        "string_to_param": table({"*": torch.nn.Parameter(rows())}),
         "name": "whatever",
         "step": 500,
         "sd_checkpoint": "abc",
@@ -93,9 +94,15 @@ def test_a_pickled_program_is_refused(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[Any, ...]:
             return (print, ("it ran",))
 
-    torch.save({"string_to_param": {"*": Program()}}, tmp_path / "cat.pt")
-    with pytest.raises(FormatError):
-        read(tmp_path / "cat.pt")
+    hidden = torch.nn.ParameterDict({"*": torch.nn.Parameter(rows())})
+    hidden.__dict__["_parameters"]["b"] = Program()
+    other = torch.nn.ModuleDict({"*": torch.nn.Linear(2, 2)})
+    allowed = torch.serialization.get_safe_globals()
+    for content in ({"*": Program()}, hidden, other):
+        torch.save({"string_to_param": content}, tmp_path / "cat.pt")
+        with pytest.raises(FormatError, match="nothing of it was run"):
+            read(tmp_path / "cat.pt")
+    assert torch.serialization.get_safe_globals() == allowed
 
 
 @pytest.mark.parametrize(

@@ -190,3 +190,10 @@ def test_two_tokens_that_would_be_one_word_are_refused_by_name(tmp_path: Path) -
     )
     with pytest.raises(AdapterError, match="'my style' and 'my_style' would both be the word 'my_style'"):
         load_adapter(tiny().pipeline(), tmp_path / "a.safetensors")
+
+
+def test_half_of_an_embedding_for_two_text_encoders_is_told_as_that(tmp_path: Path) -> None:
+    save(TensorFile({"clip_g": torch.ones(2, 32)}), tmp_path / "fox.safetensors")
+    said = "has rows for text_encoder_2 alone; this model reads text with text_encoder too. The file is half"
+    with pytest.raises(AdapterError, match=said):
+        load_adapter(tiny("sdxl").pipeline(), tmp_path / "fox.safetensors")

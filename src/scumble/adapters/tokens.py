@@ -159,6 +159,13 @@ class TokenRows:
         }
 
     def _check(self, placeholder: str, state: TokenState) -> None:
+        lacks = [root for root in self._vocabularies if root not in state.vectors]
+        if lacks and set(state.vectors) < set(self._vocabularies):
+            raise AdapterError(
+                f"Token {placeholder!r} has rows for {' and '.join(state.vectors) or 'nothing'} alone; this model "
+                f"reads text with {' and '.join(lacks)} too. The file is half of one for this model, or made for a "
+                "base with fewer text encoders. Ask for the whole, or train the token on this base."
+            )
         if set(state.vectors) != set(self._vocabularies):
             raise AdapterError(
                 f"Token {placeholder!r} was learned for {' and '.join(sorted(state.vectors)) or 'nothing'}; "

@@ -39,7 +39,7 @@ from scumble.formats.container import (
 )
 from scumble.formats.keymap import ROOTS, split_root
 from scumble.formats.kinds import weight_shape
-from scumble.formats.pairs import NO_LAYER, Decoded, count
+from scumble.formats.pairs import NO_LAYER, Decoded, count, refuse_unsupported
 from scumble.formats.seal import sealed
 from scumble.formats.stored import Stored
 from scumble.formats.tables.bases import TITLES, WIDTHS, told_by
@@ -327,7 +327,11 @@ def _codec_for(file: TensorFile) -> Codec:
         return claims[0]
     if claims:
         names = ", ".join(codec.name for codec in claims)
-        raise UnknownFormat(f"{file.label} is claimed by {len(claims)} formats: {names}. It was not used.")
+        raise UnknownFormat(
+            f"{file.label} is claimed by {len(claims)} formats: {names}. It was not used. Put the tensors of each into "
+            "a file of their own, and load these together."
+        )
+    refuse_unsupported(file.tensors)
     reads = f"This version reads: {', '.join(CODECS)}."
     kinds = Counter(title for name in file.tensors for pattern, title in _FOREIGN if re.match(pattern, name))
     if kinds:

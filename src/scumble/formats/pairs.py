@@ -43,7 +43,7 @@ _UNSUPPORTED = (
     (re.compile(r"\.bm\.weight$"), "bm (GLoRA with a kernel apart)"),
     (re.compile(r"\.ia3_l$"), "ia3_l (IA3 in peft's spelling)"),
     (re.compile(r"\.lokr_t1$"), "lokr_t1 (LoKr with two cores)"),
-    (re.compile(r"_custom_diffusion\.weight$"), "custom_diffusion (full matrices)"),
+    (re.compile(r"_custom_diffusion\.weight$"), "custom_diffusion (Custom Diffusion: whole matrices)"),
 )
 
 
@@ -95,6 +95,9 @@ def split_factor(name: str) -> tuple[str, str]:
             return match[1], part
     return split_ending(name)
 
+
+_LONE = re.compile(r"\.lora_down\.weight$")
+"""What ai-toolkit calls the whole matrix of a layer, beside an alpha and nothing else."""
 
 Scales = Callable[[Mapping[str, int]], tuple[Mapping[str, LayerFacts], tuple[str, ...]]]
 """Ranks by layer spelling -> (facts by layer spelling, notes): where a dialect keeps its alphas."""
@@ -191,8 +194,14 @@ def assemble(
 
 def _refuse_halves(parts: Mapping[str, Mapping[str, str]]) -> None:
     halves = [found for found in parts.values() if "down" not in found or "up" not in found]
+    whole = [found for found in halves if found.keys() == {"down", "alpha"} and _LONE.search(found["down"])]
+    if halves and len(whole) == len(parts):
+        raise FormatError(
+            f"unsupported: lora_down without lora_up on {count(whole, 'module')}, first {whole[0]['down']!r}: "
+            "ai-toolkit's fullrank, which holds whole matrices. Nothing of the file was used; train it there as lora."
+        )
     if halves:
-        first = next(iter(halves[0].values()))
+        first = min(halves[0].items(), key=lambda item: item[0] == "alpha")[1]
         raise FormatError(
             f"{count(halves, 'layer')} of {len(parts)} {'has' if len(halves) == 1 else 'have'} only one of "
             f"the two factors; the first is {first!r}. The file is damaged or was edited. Not applied."

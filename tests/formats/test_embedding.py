@@ -48,7 +48,7 @@ def test_decode_inverts_encode(one: AdapterState, dtype: torch.dtype, tmp_path: 
 
 def test_the_report_names_the_word_and_its_vectors(tmp_path: Path) -> None:
     path = write(state("<fox>", vectors=4), tmp_path / "any.safetensors")
-    assert read(path).report == "0 unused tensors (1 token: <fox> (4 vectors))"
+    assert read(path).report == "1 token, 0 unused tensors (<fox> (4 vectors))"
 
 
 SPELLINGS: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {
@@ -97,12 +97,11 @@ def test_a_pickled_program_is_refused(tmp_path: Path) -> None:
     hidden = torch.nn.ParameterDict({"*": torch.nn.Parameter(rows())})
     hidden.__dict__["_parameters"]["b"] = Program()
     other = torch.nn.ModuleDict({"*": torch.nn.Linear(2, 2)})
-    allowed = torch.serialization.get_safe_globals()
     for content in ({"*": Program()}, hidden, other):
         torch.save({"string_to_param": content}, tmp_path / "cat.pt")
         with pytest.raises(FormatError, match="nothing of it was run"):
             read(tmp_path / "cat.pt")
-    assert torch.serialization.get_safe_globals() == allowed
+    assert torch.nn.ParameterDict not in torch.serialization.get_safe_globals()
 
 
 @pytest.mark.parametrize(

@@ -412,13 +412,15 @@ def _refuse_unused(
 
 
 def _report(decoded: Decoded) -> str:
-    """One line: layers found per root, tensors left over, what was assumed."""
+    """One line: layers found per root (tokens, where there is no layer), tensors left over, what was assumed."""
     claimed = Counter(split_root(spelled)[0] for spelled in decoded.layers)
     found = Counter(split_root(path)[0] for path in decoded.state.layers)
     parts = [f"{found[root]}/{claimed[root]} {root} layers" for root in ROOTS if claimed[root]]
+    if decoded.state.tokens and not parts:
+        parts = [count(decoded.state.tokens, "token")]
     notes = list(decoded.notes)
     if decoded.ignored:
-        notes.append(f"{count(decoded.ignored, 'tensor')} of this dialect carry nothing")
+        notes.append(f"{count(decoded.ignored, 'tensor')} of this dialect without content")
     line = ", ".join([*parts, count(len(decoded.unused), "unused tensor")])
     return line + (f" ({'; '.join(notes)})" if notes else "")
 

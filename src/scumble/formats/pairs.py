@@ -151,7 +151,10 @@ def assemble(
     _refuse_halves({spelled: found for spelled, found in parts.items() if kind_of(found) is None})
     bare = {spelled: _bare(file, spelled, found) for spelled, found in parts.items()}
     ranks = {spelled: layer.rank or _untold_rank(file, spelled, parts) for spelled, layer in bare.items()}
-    facts, notes = scales(ranks)
+    unranked = {spelled for spelled, layer in bare.items() if not layer.rank}
+    if ranked or LAYERS in file.metadata:
+        unranked = set()
+    facts, notes = scales({spelled: rank for spelled, rank in ranks.items() if spelled not in unranked})
     layers: dict[LayerPath, LayerState] = {}
     spelling: dict[LayerPath, str] = {}
     used: list[str] = []
@@ -166,9 +169,8 @@ def assemble(
             raise FormatError(
                 f"The file describes one layer twice, as {spelling[path]!r} and as {spelled!r}."
             )
-        fact = facts[spelled]
-        if not ranked and not bare[spelled].rank and LAYERS not in file.metadata:
-            fact = LayerFacts(fact.rank, float(fact.rank))  # where there is no rank, the scale is 1
+        # where there is no rank, the scale is 1
+        fact = LayerFacts(ranks[spelled], float(ranks[spelled])) if spelled in unranked else facts[spelled]
         family, tensors = bare[spelled].family, bare[spelled].tensors
         layer: LayerState | None
         layer = LayerState(family, fact.rank, fact.alpha, tensors, fact.rank_stabilized)

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 
 
@@ -39,6 +40,9 @@ class ScumbleError(Exception):
     exit_code: int = 2
     silent: bool | None = None
     """Whether another process of the run says it to the same person; None: that was not found out."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(printable, super().__str__().split("\n")))  # some list mistakes, one a line
 
 
 class ConfigError(ScumbleError):
@@ -93,6 +97,11 @@ class WrongBase(FormatError):
 
 class UnusedTensors(FormatError):
     """Some tensors of the file match no layer of the base."""
+
+    def __init__(self, text: str, usable: int = 0) -> None:
+        self.usable = usable
+        """How many others would be used where a part of the file is asked for."""
+        super().__init__(text)
 
 
 class NotFinite(FormatError):
@@ -149,6 +158,15 @@ def to_be_printed(error: Exception) -> bool:
         return not silent
     of_command = isinstance(error, ConfigError | UnknownName) or not isinstance(error, ScumbleError)
     return not of_command or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal obeys and does not show: control characters, breaks of lines, turns of direction, half characters."""
+
+
+def printable(text: str) -> str:
+    """`text` from somebody's file on one line, with `\\x1b` for what a terminal would obey."""
+    return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

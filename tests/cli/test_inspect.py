@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from scumble.adapters.state import AdapterState, LayerState, Metadata
+from scumble.adapters.state import AdapterState, LayerState, Metadata, TokenState
 from scumble.cli.inspect import inspect
 from scumble.errors import FormatError, WrongBase
 from scumble.formats import write
+from scumble.formats.container import load, save
 from tests.formats.adapters_of import SHAPES, adapter
 
 app = typer.Typer()
@@ -82,3 +84,27 @@ def test_against_a_base(tmp_path: Path) -> None:
     assert code == 1 and "2 unused tensors" in text and "unused: unet.nowhere.lora_A.weight" in text
     with pytest.raises(WrongBase):
         run(write(adapter(SHAPES), tmp_path / "c"), "--against", folder)
+
+
+def test_what_a_terminal_would_obey_in_a_file_is_shown_and_not_sent(tmp_path: Path) -> None:
+    evil = "\x1b]0;PWN\x07\x1b[31m[bold]\x9b"
+    shown = "\\x1b]0;PWN\\x07\\x1b[31m[bold]\\x9b"
+    layers = {f"unet.{evil}": LayerState("lora", 1, 1.0, {"down": torch.ones(1, 3), "up": torch.ones(3, 1)})}
+    tokens = {f"<{evil}>": TokenState({"text_encoder": torch.ones(1, 32)})}
+    tokens["my fox"] = TokenState({"text_encoder": torch.ones(2, 32)})
+    said = Metadata(base_name=evil, extra={evil: evil})
+    code, text = run(write(AdapterState(layers, tokens, said), tmp_path))
+    assert code == 0 and not any(letter in text for letter in "\x1b\x07\x9b")
+    assert f"base        {shown}" in text  # a value
+    assert f"{shown}  {shown}" in text  # a key and its value
+    assert f"<{shown}>  1 vector\n" in text and f"with 2 tokens: <{shown}>" in text
+    assert "2 vectors, in a prompt: my_fox" in text
+    assert f"unet.{shown}" in text  # a block of the picture
+
+
+def test_tensors_of_no_known_kind_are_shown_beside_what_the_file_holds(tmp_path: Path) -> None:
+    file = load(write(adapter(), tmp_path))
+    strange = {f"{letter}.strange": torch.ones(1) for letter in "abcdefghijkl"}
+    save(replace(file, tensors={**file.tensors, **strange}), tmp_path / "b.safetensors")
+    code, text = run(tmp_path / "b.safetensors")
+    assert code == 0 and "8 unet" in text and text.count(".strange") == 10 and "... and 2 more" in text

@@ -115,3 +115,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     import scumble
 
     assert run(["--version"], capsys)[:2] == (0, f"scumble {scumble.__version__}\n")
+
+
+def test_an_error_shows_what_a_terminal_would_obey_and_does_not_send_it() -> None:
+    assert str(ConfigError("one: \x1b[31m\nanother: \x9b")) == "one: \\x1b[31m\nanother: \\x9b"

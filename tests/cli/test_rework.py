@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 
 from scumble.adapters import AdapterState
 from scumble.adapters.factors import change_of
+from scumble.adapters.state import LayerState, TokenState
 from scumble.cli.main import COMMANDS, app
 from scumble.cli.merge import parse_blocks
-from scumble.errors import AdapterError, ConfigError, FormatError, ScumbleError, UnknownName
+from scumble.errors import AdapterError, ConfigError, FormatError, ScumbleError, UnknownName, UnusedTensors
 from scumble.formats import read, write
+from scumble.formats.container import load, save
 from scumble.formats.inspection import block_of
 from scumble.runs.rework import RECORD
 from tests.formats.adapters_of import ATTENTION, SHAPES, adapter, layer
@@ -98,6 +100,8 @@ def test_nothing_is_overwritten_without_a_word(files: tuple[Path, Path], tmp_pat
         run(command, *arguments, "--out", out, "--overwrite")
         assert read(out).state.layers
         out.write_bytes(b"precious")
+    with pytest.raises(FormatError, match="or choose another --picture"):
+        run("check-mix", *files, "--picture", out)
     with pytest.raises(FormatError, match="is what is being read"):
         run("resize", files[0], "--rank", 1, "--out", files[0], "--overwrite")
 
@@ -132,6 +136,12 @@ def test_convert_keeps_every_bit(files: tuple[Path, Path], tmp_path: Path) -> No
     assert (tmp_path / "half.safetensors").stat().st_size < 0.7 * plain.stat().st_size
     with pytest.raises(UnknownName, match=r"difusers.*Did you mean"):
         run("convert", plain, "--to", "difusers")
+    file = load(plain)
+    strange = {"a.strange": torch.ones(1), "b.strange": torch.ones(1)}
+    odd = tmp_path / "odd.safetensors"
+    save(replace(file, tensors={**file.tensors, **strange}), odd)
+    with pytest.raises(UnusedTensors, match=r"^2 of \d+ tensors matched no known kind\..* Not applied\.$"):
+        run("convert", odd, "--to", "diffusers")
     with pytest.raises(UnknownName, match="dtype 'fp12'"):
         run("convert", plain, "--to", "diffusers", "--dtype", "fp12", "--out", tmp_path / "no.safetensors")
 
@@ -239,3 +249,19 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         with pytest.raises(ScumbleError, match=r"no adapter|no file or folder"):
             run(command, *arguments)
     assert set(SHAPES) >= set(ATTENTION) and not list(tmp_path.iterdir())
+
+
+def test_what_a_terminal_would_obey_in_a_file_is_shown_and_not_sent(tmp_path: Path) -> None:
+    name = "\x1b[31m[bold]\x07"
+    tensors = {"down": torch.ones(1, 3), "up": torch.ones(3, 1)}
+    tokens = {f"<{name}>": TokenState({"text_encoder": torch.ones(1, 32)})}
+    path = write(
+        AdapterState({f"unet.{name}": LayerState("lora", 1, 1.0, tensors)}, tokens),
+        tmp_path / "a.safetensors",
+    )
+    for said in (
+        run("check-mix", path, path),
+        run("check-mix", path, path, "--layers"),
+        run("convert", path, "--to", "diffusers"),
+    ):
+        assert "\\x1b[31m[bold]\\x07" in said and "\x1b" not in said and "\x07" not in said

@@ -48,7 +48,7 @@ def test_the_unused_three_of_0_16_are_set_aside_and_said(tmp_path: Path) -> None
     save(TensorFile(tensors), tmp_path / "a.safetensors")
     found = read(tmp_path, ATTENTION)
     assert set(found.state.layers) == {f"{CLIP}.q_proj"} and not found.unused
-    assert "6 tensors of this dialect carry nothing" in found.report
+    assert "6 tensors of this dialect without content" in found.report
 
 
 def test_files_of_0_19_hold_the_next_dialect_in_their_text_encoder(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_what_fits_no_order_or_has_gaps_is_refused(base: Any, tmp_path: Path) ->
     with pytest.raises(FormatError, match="contradicts itself: rank 8"):
         read(path, shapes)
     save(TensorFile({**whole.tensors, "x.y": torch.ones(2)}, whole.metadata), path)
-    with pytest.raises(UnusedTensors, match=r"1 of .* tensors is of no known kind"):
+    with pytest.raises(UnusedTensors, match=r"1 of .* tensors matched no known kind"):
         read(path, shapes)
 
 

@@ -180,3 +180,23 @@ def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
     save(TensorFile({}, {"format": "pt"}), tmp_path / "a.safetensors")
     with pytest.raises(UnknownFormat, match="holds no tensors"):
         read(tmp_path)
+
+
+def test_custom_diffusion_is_refused_by_name_when_a_file_holds_nothing_else(tmp_path: Path) -> None:
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k_custom_diffusion.weight"
+    save(TensorFile({name: torch.ones(32, 768)}), tmp_path / "a.safetensors")
+    with pytest.raises(FormatError, match=r"unsupported: custom_diffusion \(.* on 1 module"):
+        read(tmp_path / "a.safetensors")
+
+
+def test_a_file_of_two_dialects_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    down, up = torch.ones(2, 32), torch.ones(32, 2)
+    tensors = {
+        "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": down,
+        "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": up,
+        "unet.mid_block.attentions.0.proj_out.lora_A.weight": down,
+        "unet.mid_block.attentions.0.proj_out.lora_B.weight": up,
+    }
+    save(TensorFile(tensors), tmp_path / "a.safetensors")
+    with pytest.raises(UnknownFormat, match=r"claimed by 2 formats: diffusers, kohya\..*a file of their own"):
+        read(tmp_path / "a.safetensors")

@@ -102,3 +102,10 @@ def test_lora_and_dora_in_one_component_are_refused() -> None:
     path = next(path for path in lora.layers if path.startswith("unet."))
     with pytest.raises(CannotRepresent, match=r"unet has both.*Write it as lycoris"):
         Diffusers().encode(AdapterState({**dora.layers, path: lora.layers[path]}))
+
+
+def test_two_magnitudes_of_one_layer_are_told_as_two() -> None:
+    pair = {"unet.x.lora_A.weight": torch.ones(2, 32), "unet.x.lora_B.weight": torch.ones(32, 2)}
+    two = {"unet.x.dora_scale": torch.ones(32, 1), "unet.x.magnitude": torch.ones(32)}
+    with pytest.raises(FormatError, match=r"'unet\.x' has two magnitudes, dora_scale and magnitude, where"):
+        Diffusers().decode(TensorFile(pair | two), None)

@@ -32,7 +32,9 @@ two_encoders = AdapterState(
 )
 
 
-@pytest.mark.parametrize("one", [state("<fox>"), state("fox-toy"), state("<s1>", "<s2>"), two_encoders])
+@pytest.mark.parametrize(
+    "one", [state("<fox>"), state("fox-toy"), state("my fox"), state("<s1>", "my fox"), two_encoders]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_decode_inverts_encode(one: AdapterState, dtype: torch.dtype, tmp_path: Path) -> None:
     cast = {w: TokenState({r: v.to(dtype) for r, v in t.vectors.items()}) for w, t in one.tokens.items()}
@@ -46,7 +48,7 @@ def test_decode_inverts_encode(one: AdapterState, dtype: torch.dtype, tmp_path: 
 
 def test_the_report_names_the_word_and_its_vectors(tmp_path: Path) -> None:
     path = write(state("<fox>", vectors=4), tmp_path / "any.safetensors")
-    assert read(path).report == "0 unused tensors (1 token: <fox> (4 vectors))"
+    assert read(path).report == "1 token, 0 unused tensors (<fox> (4 vectors))"
 
 
 SPELLINGS: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {
@@ -70,11 +72,12 @@ def test_every_spelling_is_read(spelling: str, tmp_path: Path) -> None:
     assert found.state.equal(AdapterState({}, {"<cat-toy>": TokenState(expected)}))
 
 
+@pytest.mark.parametrize("table", [dict, torch.nn.ParameterDict])
 @pytest.mark.parametrize("ending", [".pt", ".bin"])
-def test_an_a1111_pickle_is_read_without_running_anything(ending: str, tmp_path: Path) -> None:
+def test_an_a1111_pickle_is_read_without_running_anything(table: Any, ending: str, tmp_path: Path) -> None:
     content = {
         "string_to_token": {"*": 265},
-        "string_to_param": {"*": torch.nn.Parameter(rows())},
+        "string_to_param": table({"*": torch.nn.Parameter(rows())}),
         "name": "whatever",
         "step": 500,
         "sd_checkpoint": "abc",
@@ -91,9 +94,14 @@ def test_a_pickled_program_is_refused(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[Any, ...]:
             return (print, ("it ran",))
 
-    torch.save({"string_to_param": {"*": Program()}}, tmp_path / "cat.pt")
-    with pytest.raises(FormatError):
-        read(tmp_path / "cat.pt")
+    hidden = torch.nn.ParameterDict({"*": torch.nn.Parameter(rows())})
+    hidden.__dict__["_parameters"]["b"] = Program()
+    other = torch.nn.ModuleDict({"*": torch.nn.Linear(2, 2)})
+    for content in ({"*": Program()}, hidden, other):
+        torch.save({"string_to_param": content}, tmp_path / "cat.pt")
+        with pytest.raises(FormatError, match="nothing of it was run"):
+            read(tmp_path / "cat.pt")
+    assert torch.nn.ParameterDict not in torch.serialization.get_safe_globals()
 
 
 @pytest.mark.parametrize(

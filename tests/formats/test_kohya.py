@@ -328,3 +328,17 @@ def test_bundled_embeddings_are_tokens_and_the_lora_is_not_dropped(tmp_path: Pat
     save(TensorFile(pair() | {"bundle_emb.x.clip_l_out": rows}), tmp_path / "a.safetensors")
     with pytest.raises(FormatError, match="output embedding"):
         read(tmp_path, SHAPES)
+
+
+def test_whole_matrices_of_ai_toolkit_are_refused_by_name(tmp_path: Path) -> None:
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = {f"{name}.alpha": torch.tensor(4.0), f"{name}.lora_down.weight": torch.ones(32, 32)}
+    save(TensorFile(tensors), tmp_path / "a.safetensors")
+    said = rf"unsupported: lora_down without lora_up on 1 module, first '{name}.*': ai-toolkit's fullrank"
+    with pytest.raises(FormatError, match=said):
+        read(tmp_path / "a.safetensors")
+    pair = {f"{name}_2.lora_down.weight": torch.ones(4, 32), f"{name}_2.lora_up.weight": torch.ones(32, 4)}
+    save(TensorFile(tensors | pair), tmp_path / "a.safetensors")
+    said = rf"1 layer of 2 has only one of the two factors; the first is '{name}.lora_down.weight'"
+    with pytest.raises(FormatError, match=said):
+        read(tmp_path / "a.safetensors")

@@ -272,3 +272,13 @@ def test_what_is_written_is_read_by_lycoris() -> None:
         theirs = modules.LohaModule.make_module_from_state_dict(name, copy.deepcopy(layer), *values)
         x = torch.randn(2, 18)
         torch.testing.assert_close(theirs.eval()(x), delta(x, layer), rtol=1e-5, atol=1e-5)
+
+
+def test_where_no_layer_has_a_rank_nothing_is_said_of_alphas(tmp_path: Path) -> None:
+    whole = {"lora_unet_mid_block_attentions_0_proj_in.diff": torch.ones(32, 32)}
+    save(TensorFile(whole), tmp_path / "a.safetensors")
+    assert read(tmp_path / "a.safetensors").report == "1/1 unet layers, 0 unused tensors"
+    name = "lora_unet_mid_block_attentions_0_proj_out"
+    pair = {f"{name}.lora_down.weight": torch.ones(2, 32), f"{name}.lora_up.weight": torch.ones(32, 2)}
+    save(TensorFile(whole | pair), tmp_path / "b.safetensors")
+    assert read(tmp_path / "b.safetensors").notes == ("alpha absent: using alpha = rank",)

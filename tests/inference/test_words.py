@@ -12,10 +12,12 @@ import torch
 from scumble.adapters.state import AdapterState, Metadata, TokenState
 from scumble.adapters.tokens import TokenTable
 from scumble.errors import AdapterError
-from scumble.formats import read, write
+from scumble.formats import TensorFile, read, write
+from scumble.formats.container import load, save
 from scumble.inference.attach import load_adapter, unload_adapters
 from scumble.inference.request import AdapterUse, Request
 from scumble.inference.session import Session
+from scumble.runs.effect import measure_effect
 from scumble.training.preview import Previewer
 from tests.inference.makers import adapter_file, tiny
 
@@ -135,3 +137,63 @@ def test_a_preview_takes_the_live_words_out_and_puts_them_back(tmp_path: Path) -
     assert live.attached and next(live.parameters()) is row and row.requires_grad
     assert isinstance(base.roots["text_encoder"].get_input_embeddings(), TokenTable)  # type: ignore[operator]
     assert torch.equal(base.encode_prompts(["a <fox>"]).tokens, said)
+
+
+def test_what_a_terminal_would_obey_in_a_word_is_shown_and_not_sent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe: Any = tiny().pipeline()
+    attached = load_adapter(pipe, word(tmp_path / "fox.safetensors", "<\x1b[31m\x07>", lora=True))
+    unload_adapters(pipe)
+    assert capsys.readouterr().out == f"{attached}\n"
+    assert "with 1 token: <\\x1b[31m\\x07>" in str(attached)
+    assert "\x1b" not in str(attached) and "\x07" not in str(attached)
+
+
+@pytest.mark.parametrize("bundle", [True, False])
+def test_a_token_with_blanks_in_its_name_is_a_word_without(bundle: bool, tmp_path: Path) -> None:
+    rows = torch.randn(2, 32, generator=torch.Generator().manual_seed(0)) * 3
+    path = tmp_path / "my style.safetensors"
+    if bundle:
+        lora = load(adapter_file(tmp_path / "lora.safetensors")).tensors
+        save(TensorFile({**lora, "bundle_emb.my style.clip_l": rows}), path)
+    else:
+        save(TensorFile({"emb_params": rows}), path)
+    pipe: Any = tiny().pipeline()
+    bare, _ = pipe.encode_prompt(["a my_style"], "cpu", 1, False)
+    attached = load_adapter(pipe, path, quiet=True)
+    assert (
+        "Write 'my_style' in a prompt for the file's token 'my style': a word has no blanks."
+        in attached.notes
+    )
+    taught, _ = pipe.encode_prompt([pipe.maybe_convert_prompt("a my_style", pipe.tokenizer)], "cpu", 1, False)
+    assert attached.adapter.state().tokens.keys() == {"my style"}
+    assert unload_adapters(pipe) == 1
+    load_adapter(pipe, word(tmp_path / "plain.safetensors", "my_style"), quiet=True)
+    plain, _ = pipe.encode_prompt([pipe.maybe_convert_prompt("a my_style", pipe.tokenizer)], "cpu", 1, False)
+    unload_adapters(pipe)
+    again, _ = pipe.encode_prompt(["a my_style"], "cpu", 1, False)
+    assert torch.equal(taught, plain) and not torch.equal(taught, bare) and torch.equal(again, bare)
+    assert measure_effect(tiny(), read(path).state).text > 0
+    with Session(tiny(), [path]) as session:
+        named = REQUEST.model_copy(update={"prompt": "a my_style here"})
+        off = (AdapterUse(path=path, strength=0.0),)
+        assert pixels(session, named) != pixels(session, named.model_copy(update={"adapters": off}))
+
+
+def test_two_tokens_that_would_be_one_word_are_refused_by_name(tmp_path: Path) -> None:
+    rows = torch.ones(1, 32)
+    tensors = {"bundle_emb.my style.clip_l": rows, "bundle_emb.my_style.clip_l": rows}
+    save(
+        TensorFile(load(adapter_file(tmp_path / "lora.safetensors")).tensors | tensors),
+        tmp_path / "a.safetensors",
+    )
+    with pytest.raises(AdapterError, match="'my style' and 'my_style' would both be the word 'my_style'"):
+        load_adapter(tiny().pipeline(), tmp_path / "a.safetensors")
+
+
+def test_half_of_an_embedding_for_two_text_encoders_is_told_as_that(tmp_path: Path) -> None:
+    save(TensorFile({"clip_g": torch.ones(2, 32)}), tmp_path / "fox.safetensors")
+    said = "has rows for text_encoder_2 alone; this model reads text with text_encoder too. The file is half"
+    with pytest.raises(AdapterError, match=said):
+        load_adapter(tiny("sdxl").pipeline(), tmp_path / "fox.safetensors")

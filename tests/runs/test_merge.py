@@ -15,6 +15,7 @@ from torch import Tensor
 from scumble.adapters import Adapter, AdapterState, LoraSettings, TokenState
 from scumble.adapters.factors import Keep, change_of
 from scumble.adapters.mix import MixSettings
+from scumble.adapters.state import LayerState
 from scumble.errors import AdapterError, FormatError, ModelError, NoLayerMatches, UnusedTensors, WrongBase
 from scumble.formats import read, write
 from scumble.models import FAMILIES, tiny
@@ -249,8 +250,11 @@ def test_what_can_not_be_merged_is_said_before_anything_is_written(
     out = tmp_path / "out"
     stranger = {"unet.nowhere": next(iter(state.layers.values()))}
     odd = write(AdapterState({**state.layers, **stranger}), tmp_path / "odd.safetensors")
+    norm = {"unet.conv_norm_out": LayerState("full", 1, 1.0, {"diff": torch.ones(32)})}
+    whole = write(AdapterState({**state.layers, **norm}), tmp_path / "norm.safetensors", "lycoris")
     cases: list[tuple[type[Exception], str, list[Source], object, Path]] = [
-        (UnusedTensors, "unet.nowhere", [Source(odd)], folder, out),
+        (UnusedTensors, "unet.nowhere.*Not applied.$", [Source(odd)], folder, out),
+        (AdapterError, "changed in its normalisation, which can't be", [Source(whole)], folder, out),
         (WrongBase, "Not applied", [Source(file)], checkpoints[True], tmp_path / "o.safetensors"),
         (AdapterError, "Every strength is 0", [Source(file, 0.0)], folder, out),
         (AdapterError, "infinite or NaN", [Source(file, 1e45)], folder, out),
@@ -265,7 +269,9 @@ def test_what_can_not_be_merged_is_said_before_anything_is_written(
     for kind, said, sources, into, target in cases:
         with pytest.raises(kind, match=said):
             merge_into_base(sources, str(into), target)
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "odd.safetensors"], said
+        assert sorted(p.name for p in tmp_path.iterdir()) == [
+            *("a.safetensors", "norm.safetensors", "odd.safetensors")
+        ], said
 
 
 def test_learned_tokens_are_refused_by_name(

@@ -6,6 +6,7 @@ Nothing here needs torch: files are looked at and converted without it.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -39,3 +40,8 @@ def triangle_size(numbers: int) -> int:
     """b of b (b - 1) / 2 numbers above a diagonal; 0 when there is none."""
     size = (1 + math.isqrt(1 + 8 * numbers)) // 2
     return size if size * (size - 1) // 2 == numbers else 0
+
+
+def one_word(name: str) -> str:
+    """A token's name as prompts spell it, with "_" for blanks: a word has none, names in files may."""
+    return re.sub(r"\s", "_", name)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from scumble.adapters.names import one_word
 from scumble.adapters.state import TokenState
 from scumble.errors import AdapterError, NotFinite
 
@@ -134,7 +135,8 @@ class TokenRows:
             trainable: whether the rows require gradients.
 
         Raises:
-            AdapterError: rows for other text encoders than there are, or of another width.
+            AdapterError: rows for other text encoders than there are, or of another width; or two placeholders are
+                one word.
             NotFinite: a value is NaN or infinite.
         """
         self.name = name
@@ -142,6 +144,7 @@ class TokenRows:
         self._vocabularies = dict(vocabularies)
         self._ids: dict[str, Mapping[str, tuple[int, ...]]] = {}
         self._means: dict[str, float] = {}
+        self._words = _words(tokens)
         for placeholder, state in tokens.items():
             self._check(placeholder, state)
         self.vectors = {
@@ -156,6 +159,13 @@ class TokenRows:
         }
 
     def _check(self, placeholder: str, state: TokenState) -> None:
+        lacks = [root for root in self._vocabularies if root not in state.vectors]
+        if lacks and set(state.vectors) < set(self._vocabularies):
+            raise AdapterError(
+                f"Token {placeholder!r} has rows for {' and '.join(state.vectors) or 'nothing'} alone; this model "
+                f"reads text with {' and '.join(lacks)} too. The file is half of one for this model, or made for a "
+                "base with fewer text encoders. Ask for the whole, or train the token on this base."
+            )
         if set(state.vectors) != set(self._vocabularies):
             raise AdapterError(
                 f"Token {placeholder!r} was learned for {' and '.join(sorted(state.vectors)) or 'nothing'}; "
@@ -200,8 +210,8 @@ class TokenRows:
         with ExitStack() as undo:
             ids: dict[str, Mapping[str, tuple[int, ...]]] = {}
             for root, vocabulary in self._vocabularies.items():
-                ids[root] = vocabulary.add(self.sizes)
-                undo.callback(vocabulary.remove, tuple(self.vectors))
+                ids[root] = vocabulary.add({self._words[name]: size for name, size in self.sizes.items()})
+                undo.callback(vocabulary.remove, tuple(self._words.values()))
             tables = {root: _wrapped(self._roots[root], self._vocabularies[root]) for root in ids}
             undo.callback(_unwrap_idle, self._roots.values())
             taken = [root for root, table in tables.items() if self.name in table.owners]
@@ -238,7 +248,7 @@ class TokenRows:
             table = module.get_input_embeddings()  # type: ignore[operator]
             del table.owners[self.name]
             table.arrange()
-            self._vocabularies[root].remove(tuple(self.vectors))
+            self._vocabularies[root].remove(tuple(self._words.values()))
         self._ids = {}
         _unwrap_idle(self._roots.values())
 
@@ -266,7 +276,7 @@ class TokenRows:
         for root, ids in self._ids.items():
             if self._roots[root].get_input_embeddings() is table:  # type: ignore[operator]
                 for placeholder, rows in self.vectors.items():
-                    yield ids[placeholder], rows[root]
+                    yield ids[self._words[placeholder]], rows[root]
 
     # Values
 
@@ -334,6 +344,23 @@ class TokenRows:
                     wanted = wanted.clamp(max=limit * mean)
                 changed = wanted != norms
                 parameter.copy_(torch.where(changed, parameter * (wanted / norms), parameter))
+
+
+def _words(names: Iterable[str]) -> dict[str, str]:
+    """name -> word.
+
+    Raises:
+        AdapterError: two are one word.
+    """
+    names_of: dict[str, str] = {}
+    for name in names:
+        other = names_of.setdefault(one_word(name), name)
+        if other != name:
+            raise AdapterError(
+                f"The tokens {other!r} and {name!r} would both be the word {one_word(name)!r} in a prompt, which has "
+                "no blanks. Rename one of them in the file."
+            )
+    return {name: word for word, name in names_of.items()}
 
 
 def table_of(root: nn.Module) -> nn.Embedding:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from scumble.cli.options import Base, Overwrite
+from scumble.errors import printable
 
 
 def check_mix(
@@ -27,18 +28,21 @@ def check_mix(
     """Say where two adapters meet, and which will damage the other."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from scumble.runs.check_mix import COLUMNS, check, draw
     from scumble.runs.rework import refuse_existing
 
     console = Console(highlight=False, soft_wrap=True)
     if picture is not None:
-        refuse_existing(picture, overwrite, [first, second])
+        refuse_existing(picture, overwrite, [first, second], "--picture")
     found = check(first, second, base=base, energy=energy, per_layer=layers)
     table = Table("layer" if layers else "block", "layers", *COLUMNS, box=None, header_style="bold")
     for row in (*found.rows, found.whole):
         values = [f"{row.values[name]:.2f}" for name in COLUMNS]
-        table.add_row(row.name, str(row.layers), *values, style="bold" if row is found.whole else "")
+        table.add_row(
+            Text(printable(row.name)), str(row.layers), *values, style="bold" if row is found.whole else ""
+        )
     console.print(table)
     for line in found.notes:
         console.print(line, markup=False)

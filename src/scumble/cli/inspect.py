@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scumble.cli.options import Rest
-from scumble.errors import ConfigError
+from scumble.errors import ConfigError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,6 +46,9 @@ def inspect(
 
 
 def _show(console: Console, found: Inspection) -> None:
+    from scumble.adapters.names import one_word
+    from scumble.formats.pairs import count
+
     facts: list[tuple[str, str]] = [
         ("file", str(found.path)),
         ("dialect", found.dialect),
@@ -64,6 +67,7 @@ def _show(console: Console, found: Inspection) -> None:
         ("sha256", found.sha256),
     ]
     facts += [("note", note) for note in found.notes]
+    facts += [("no known kind", name) for name in _first(found.unused)]
     _rows(console, facts)
     said = {name: text for name, text in vars(found.metadata).items() if name != "extra" and text}
     entries = [(name, _clip(text)) for name, text in (*said.items(), *sorted(found.metadata.extra.items()))]
@@ -74,7 +78,13 @@ def _show(console: Console, found: Inspection) -> None:
         console.print("\ntokens")
         _rows(
             console,
-            [(name, f"{number} vector{'s' * (number != 1)}") for name, number in found.tokens.items()],
+            [
+                (
+                    name,
+                    count(number, "vector") + f", in a prompt: {one_word(name)}" * (one_word(name) != name),
+                )
+                for name, number in found.tokens.items()
+            ],
         )
     if found.blocks:
         console.print()
@@ -85,6 +95,7 @@ def _picture(console: Console, blocks: Sequence[Block]) -> None:
     """A bar for every block, the longest for the block that moves farthest."""
     from rich.bar import Bar
     from rich.table import Table
+    from rich.text import Text
 
     most = max((block.norm or 0.0 for block in blocks), default=0.0) or 1.0
     table = Table("block", "layers", "norm of the change", "", box=None, header_style="bold")
@@ -92,7 +103,7 @@ def _picture(console: Console, blocks: Sequence[Block]) -> None:
         known = block.norm is not None
         bar = Bar(most, 0, block.norm or 0.0, width=32, color="cyan")
         table.add_row(
-            block.name,
+            Text(printable(block.name)),
             str(block.layers),
             f"{block.norm:.4g}" if known else "only with --against BASE",
             bar if known else "",
@@ -103,8 +114,9 @@ def _picture(console: Console, blocks: Sequence[Block]) -> None:
 def _rows(console: Console, rows: list[tuple[str, str]]) -> None:
     from rich.text import Text
 
-    width = max(len(name) for name, _ in rows) + 2
-    for name, value in rows:
+    shown = [(printable(name), printable(value)) for name, value in rows]
+    width = max(len(name) for name, _ in shown) + 2
+    for name, value in shown:
         console.print(Text.assemble((f"{name:<{width}}", "bold"), value))
 
 
@@ -113,6 +125,12 @@ def _tally(counts: dict[Any, int]) -> str:
     if len(counts) == 1:
         return f"{next(iter(counts)):g}"
     return ", ".join(f"{value:g} ({number} layer{'s' * (number != 1)})" for value, number in counts.items())
+
+
+def _first(names: Sequence[str]) -> list[str]:
+    """Ten of them, and how many more there are."""
+    more = [f"... and {len(names) - 10} more"] if len(names) > 10 else []
+    return [*names[:10], *more]
 
 
 def _clip(text: str) -> str:
@@ -149,10 +167,8 @@ def _compare(console: Console, file: Path, against: str, rest: str | None) -> No
     if found.state.layers:
         _act(console, base, found)
     if found.unused:
-        for name in found.unused[:10]:
-            console.print(Text(f"unused: {name}", style="yellow"))
-        if len(found.unused) > 10:
-            console.print(f"... and {len(found.unused) - 10} more")
+        for name in _first(found.unused):
+            console.print(Text(f"unused: {printable(name)}", style="yellow"))
         raise typer.Exit(1)
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import typer
 
+from scumble.errors import printable
+
 
 def pull(
     repo: str = typer.Argument(help="Repository on the Hub: owner/name."),
@@ -32,6 +34,6 @@ def pull(
             fg="red",
             err=True,
         )
-    typer.echo(f"base: {got.base or 'not said; name one with --base'}", err=True)
+    typer.echo(f"base: {printable(got.base) or 'not said; name one with --base'}", err=True)
     typer.secho(f"Adapter: {got.adapter}", fg="green")
     typer.echo(f'Draw with it: scumble generate --adapter {shlex.quote(str(got.folder))} "..."', err=True)

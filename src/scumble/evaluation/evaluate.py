@@ -227,6 +227,7 @@ def find_concept(
         ConfigError: it isn't known what the subject is called.
         DataError: the training pictures are not where they were.
     """
+    from scumble.adapters.names import one_word
     from scumble.data.images import normalise
     from scumble.data.settings import DataSettings
     from scumble.data.sources import open_dataset
@@ -237,7 +238,7 @@ def find_concept(
         data = data.model_copy(update={"images": str(images)}) if data else DataSettings(images=str(images))
     records = open_dataset(data, seed=config.train.seed if config else 0).records if data else ()
     pictures = tuple(_reduced(square(normalise(record.open()))) for record in records)
-    words = list(read(file).state.tokens)
+    words = [one_word(name) for name in read(file).state.tokens]
     phrase = subject.strip() if subject else ""
     if not phrase and not records and not words:
         raise ConfigError(

@@ -26,7 +26,7 @@ from scumble.formats.container import TensorFile, split
 from scumble.formats.flat_names import expand
 from scumble.formats.keymap import split_root
 from scumble.formats.metadata import from_header
-from scumble.formats.pairs import Decoded, count, fit
+from scumble.formats.pairs import NO_KIND, Decoded, count, fit
 from scumble.formats.tables.modules import CLIP_DEPTHS, CLIP_TEXT, SD_UNET
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Cloneofsimo:
                 labels.append(path)
                 if fitted is None:
                     mine = (file.tensors[up].shape[0], *file.tensors[down].shape[1:])
-                    why = f"change a weight of {mine}, where the model has {tuple(shape or ())}"
+                    why = f"would change a weight of {mine}, where the model has {tuple(shape or ())}"
                     unused |= {up: why, down: why}
                     continue
                 found[path] = fitted
@@ -83,7 +83,7 @@ class Cloneofsimo:
             name: TokenState({"text_encoder": rows(key, file.tensors[key])}) for name, key in tokens.items()
         }
         taken = {*used, *unused}
-        unused |= {name: "is of no known kind" for name in file.tensors if name not in taken}
+        unused |= {name: NO_KIND for name in file.tensors if name not in taken}
         header = {} if file.parts else file.metadata
         notes = [f"with {count(learned, 'token')}: {', '.join(learned)[:200]}"] if learned else []
         return Decoded(

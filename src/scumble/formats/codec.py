@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from scumble.adapters.shapes import weight_shape
 from scumble.adapters.state import AdapterState, LayerPath, surveyed
-from scumble.errors import CannotRepresent, FormatError, NotFinite, UnknownFormat, UnusedTensors, WrongBase
+from scumble.errors import (
+    CannotRepresent,
+    FormatError,
+    NotFinite,
+    UnknownFormat,
+    UnusedTensors,
+    WrongBase,
+    printable,
+)
 from scumble.formats.container import (
     PICKLES,
     TENSOR_LIMIT,
@@ -32,7 +40,7 @@ from scumble.formats.container import (
     split,
 )
 from scumble.formats.keymap import ROOTS, split_root
-from scumble.formats.pairs import NO_LAYER, Decoded, count
+from scumble.formats.pairs import NO_LAYER, Decoded, count, refuse_unsupported
 from scumble.formats.seal import sealed
 from scumble.formats.stored import Stored
 from scumble.formats.tables.bases import TITLES, WIDTHS, told_by
@@ -174,6 +182,7 @@ def read(
     largest = _refuse_non_finite(file.tensors, f"{where.name} can't be used")
     shapes = _shapes(layers) if isinstance(layers, Mapping) else {}
     decoded = codec.decode(file, shapes or layers)
+    decoded = replace(decoded, notes=tuple(map(printable, decoded.notes)))
     # the wrong base explains unused tensors better than their list does
     whole = _believed(codec, file, decoded) if decoded.unused else decoded
     _refuse_wrong_base(whole.state, shapes)
@@ -322,7 +331,11 @@ def _codec_for(file: TensorFile) -> Codec:
         return claims[0]
     if claims:
         names = ", ".join(codec.name for codec in claims)
-        raise UnknownFormat(f"{file.label} is claimed by {len(claims)} formats: {names}. It was not used.")
+        raise UnknownFormat(
+            f"{file.label} is claimed by {len(claims)} formats: {names}. It was not used. Put the tensors of each into "
+            "a file of their own, and load these together."
+        )
+    refuse_unsupported(file.tensors)
     reads = f"This version reads: {', '.join(CODECS)}."
     kinds = Counter(title for name in file.tensors for pattern, title in _FOREIGN if re.match(pattern, name))
     if kinds:
@@ -402,18 +415,19 @@ def _refuse_unused(
     lines.append(f"First {len(shown)} unmatched: {', '.join(_short(name) for name in shown)}.")
     if not something:
         raise UnusedTensors(" ".join([*lines, "Nothing matched: not applied."]))
-    lines.append(f"Not applied. --allow-partial (allow_partial=True) applies the other {len(decoded.used)}.")
-    raise UnusedTensors(" ".join(lines))
+    raise UnusedTensors(" ".join([*lines, "Not applied."]), len(decoded.used))
 
 
 def _report(decoded: Decoded) -> str:
-    """One line: layers found per root, tensors left over, what was assumed."""
+    """One line: layers found per root (tokens, where there is no layer), tensors left over, what was assumed."""
     claimed = Counter(split_root(spelled)[0] for spelled in decoded.layers)
     found = Counter(split_root(path)[0] for path in decoded.state.layers)
     parts = [f"{found[root]}/{claimed[root]} {root} layers" for root in ROOTS if claimed[root]]
+    if decoded.state.tokens and not parts:
+        parts = [count(decoded.state.tokens, "token")]
     notes = list(decoded.notes)
     if decoded.ignored:
-        notes.append(f"{count(decoded.ignored, 'tensor')} of this dialect carry nothing")
+        notes.append(f"{count(decoded.ignored, 'tensor')} of this dialect without content")
     line = ", ".join([*parts, count(len(decoded.unused), "unused tensor")])
     return line + (f" ({'; '.join(notes)})" if notes else "")
 

@@ -39,7 +39,7 @@ _ROOTS = {
 """Whole names of tensors -> the text encoder that they are for; the word is said elsewhere."""
 _WRITTEN = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _BRACKETED = re.compile(r"<[^<>]+>")
-_PLAIN = re.compile(r"[^.:/\s]+")
+_PLAIN = re.compile(r"[^.:/]+")
 
 
 class Embedding:
@@ -69,7 +69,7 @@ class Embedding:
                 "Nothing of the file was used."
             )
         vectors: dict[str, dict[str, Tensor]] = {}
-        used, notes = [], []
+        used = []
         for name, tensor in file.tensors.items():
             if name in _ROOTS:
                 word = _word(file)
@@ -88,11 +88,10 @@ class Embedding:
                 f"{file.label} has unequal numbers of vectors for the two text encoders. Not applied."
             )
         said = ", ".join(f"{word} ({count(max(n), 'vector')})" for word, n in sorted(lengths.items()))
-        notes.append(f"{count(vectors, 'token')}: {said[:200]}")
         ignored = tuple(name for name in file.tensors if name not in used)
         tokens = {word: TokenState(found) for word, found in vectors.items()}
         state = AdapterState({}, tokens, from_header(file.metadata))
-        return Decoded(state, tuple(used), {}, ignored, tuple(notes))
+        return Decoded(state, tuple(used), {}, ignored, (said[:200],))
 
     def obstacle(self, state: AdapterState) -> str | None:
         """See `Codec.obstacle`."""

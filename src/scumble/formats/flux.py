@@ -33,6 +33,7 @@ from scumble.formats.keymap import LayerNames, classic, split_root
 from scumble.formats.kohya import hashes, tool_header
 from scumble.formats.metadata import LayerFacts, compact, layer_facts, parse_table, to_header
 from scumble.formats.pairs import (
+    NO_KIND,
     Decoded,
     Factor,
     assemble,
@@ -208,7 +209,7 @@ class _Fused:
         decoded = assemble(apart, factors, LayerNames(layers), partial(settle, apart, zero_means_rank=True))
         unused = {origin[name]: why for name, why in decoded.unused.items()}
         unused |= {
-            name: "is of no known kind"
+            name: NO_KIND
             for name in file.tensors
             if name not in {given for names in whole.values() for given in names.values()}
         }

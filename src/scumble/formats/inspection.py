@@ -71,6 +71,8 @@ class Inspection:
     metadata: Metadata
     notes: tuple[str, ...]
     """What had to be assumed."""
+    unused: tuple[str, ...] = ()
+    """Names of the tensors that are of no known kind."""
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -79,7 +81,7 @@ def inspect(path: str | Path) -> Inspection:
     Raises:
         FormatError: as `read`; a file of an unknown dialect or family is refused by its name.
     """
-    found = read(path, stored=True)
+    found = read(path, stored=True, allow_partial=True)
     # the denoiser first, whatever the file's order
     order = sorted(found.state.layers, key=lambda layer: ROOTS.index(split_root(layer)[0]))
     state = replace(found.state, layers={layer: found.state.layers[layer] for layer in order})
@@ -102,7 +104,8 @@ def inspect(path: str | Path) -> Inspection:
         sha256=digest_of(found.path),
         blocks=blocks_of(state),
         metadata=state.metadata,
-        notes=(*found.notes, *(f"unused: {name}" for name in found.unused)),
+        notes=found.notes,
+        unused=found.unused,
     )
 
 

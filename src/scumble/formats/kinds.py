@@ -261,10 +261,15 @@ def magnitude(spelled: str, parts: Mapping[str, Tensor], shape: Sequence[int]) -
     found = {part: tensor for part, tensor in parts.items() if part in MAGNITUDES}
     if not found:
         return {}
+    if len(found) > 1:
+        raise FormatError(
+            f"{spelled!r} has two magnitudes, {' and '.join(sorted(found))}, where a layer has one. The file is "
+            "damaged or was edited. Not applied."
+        )
     part, tensor = next(iter(found.items()))
     by_input = part == "dora_scale" and tensor.ndim > 1 and tensor.shape[0] == 1 and shape[0] != 1
     side = shape[1] if by_input else shape[0]
-    if len(found) > 1 or not tensor.is_floating_point() or (not by_input and tensor.numel() != side):
+    if not tensor.is_floating_point() or (not by_input and tensor.numel() != side):
         raise FormatError(
             f"{part} of {spelled!r} has shape {tuple(tensor.shape)}; expected one number for each of {side} "
             f"{'inputs' if by_input else 'outputs'}. Not applied."

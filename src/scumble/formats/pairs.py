@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NO_LAYER = "matched no layer"
+NO_KIND = "matched no known kind"
 
 _UNSUPPORTED = (
     (re.compile(r"\.lora_embedding_[AB](\.weight)?$"), "lora_embedding"),
@@ -42,7 +43,7 @@ _UNSUPPORTED = (
     (re.compile(r"\.bm\.weight$"), "bm (GLoRA with a kernel apart)"),
     (re.compile(r"\.ia3_l$"), "ia3_l (IA3 in peft's spelling)"),
     (re.compile(r"\.lokr_t1$"), "lokr_t1 (LoKr with two cores)"),
-    (re.compile(r"_custom_diffusion\.weight$"), "custom_diffusion (full matrices)"),
+    (re.compile(r"_custom_diffusion\.weight$"), "custom_diffusion (Custom Diffusion: whole matrices)"),
 )
 
 
@@ -94,6 +95,9 @@ def split_factor(name: str) -> tuple[str, str]:
             return match[1], part
     return split_ending(name)
 
+
+_LONE = re.compile(r"\.lora_down\.weight$")
+"""What ai-toolkit calls the whole matrix of a layer, beside an alpha and nothing else."""
 
 Scales = Callable[[Mapping[str, int]], tuple[Mapping[str, LayerFacts], tuple[str, ...]]]
 """Ranks by layer spelling -> (facts by layer spelling, notes): where a dialect keeps its alphas."""
@@ -147,12 +151,15 @@ def assemble(
     _refuse_halves({spelled: found for spelled, found in parts.items() if kind_of(found) is None})
     bare = {spelled: _bare(file, spelled, found) for spelled, found in parts.items()}
     ranks = {spelled: layer.rank or _untold_rank(file, spelled, parts) for spelled, layer in bare.items()}
-    facts, notes = scales(ranks)
+    unranked = {spelled for spelled, layer in bare.items() if not layer.rank}
+    if ranked or LAYERS in file.metadata:
+        unranked = set()
+    facts, notes = scales({spelled: rank for spelled, rank in ranks.items() if spelled not in unranked})
     layers: dict[LayerPath, LayerState] = {}
     spelling: dict[LayerPath, str] = {}
     used: list[str] = []
     taken = {name for found in parts.values() for name in found.values()} | set(ignored)
-    unused = {name: "is of no known kind" for name in file.tensors if name not in taken}
+    unused = {name: NO_KIND for name in file.tensors if name not in taken}
     for spelled, found in parts.items():
         path = names.resolve(spelled)
         if path is None:
@@ -162,9 +169,8 @@ def assemble(
             raise FormatError(
                 f"The file describes one layer twice, as {spelling[path]!r} and as {spelled!r}."
             )
-        fact = facts[spelled]
-        if not ranked and not bare[spelled].rank and LAYERS not in file.metadata:
-            fact = LayerFacts(fact.rank, float(fact.rank))  # where there is no rank, the scale is 1
+        # where there is no rank, the scale is 1
+        fact = LayerFacts(ranks[spelled], float(ranks[spelled])) if spelled in unranked else facts[spelled]
         family, tensors = bare[spelled].family, bare[spelled].tensors
         layer: LayerState | None
         layer = LayerState(family, fact.rank, fact.alpha, tensors, fact.rank_stabilized)
@@ -174,7 +180,7 @@ def assemble(
         if layer is None:
             mine = weight_shape(bare[spelled])
             unused |= dict.fromkeys(
-                found.values(), f"change a weight of {mine}, where the model has {tuple(shape or ())}"
+                found.values(), f"would change a weight of {mine}, where the model has {tuple(shape or ())}"
             )
             continue
         layers[path] = layer
@@ -190,8 +196,14 @@ def assemble(
 
 def _refuse_halves(parts: Mapping[str, Mapping[str, str]]) -> None:
     halves = [found for found in parts.values() if "down" not in found or "up" not in found]
+    whole = [found for found in halves if found.keys() == {"down", "alpha"} and _LONE.search(found["down"])]
+    if halves and len(whole) == len(parts):
+        raise FormatError(
+            f"unsupported: lora_down without lora_up on {count(whole, 'module')}, first {whole[0]['down']!r}: "
+            "ai-toolkit's fullrank, which holds whole matrices. Nothing of the file was used; train it there as lora."
+        )
     if halves:
-        first = next(iter(halves[0].values()))
+        first = min(halves[0].items(), key=lambda item: item[0] == "alpha")[1]
         raise FormatError(
             f"{count(halves, 'layer')} of {len(parts)} {'has' if len(halves) == 1 else 'have'} only one of "
             f"the two factors; the first is {first!r}. The file is damaged or was edited. Not applied."

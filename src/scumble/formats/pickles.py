@@ -1,6 +1,7 @@
 """Pickled files: tensors out of `.bin`, `.pt` and `.ckpt`, by the reader of torch that can't run code.
 
-`torch.load(weights_only=True)` builds tensors and plain containers and nothing else. Before it is asked, the
+`torch.load(weights_only=True)` builds tensors and plain containers and nothing else, but for torch's ParameterDict,
+in which A1111 once kept an embedding: a table as well, of which only the parameters are read. Before it is asked, the
 file must be a zip as `torch.save` writes it, not a bomb; after it, what was built must be no larger than the
 file. What comes out is named like the tensors of a safetensors file: a table's entries by their keys, those of
 a table within by both keys with a dot between, those of a list by `[0]`, `[1]`, ...; texts and numbers become
@@ -12,11 +13,12 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scumble.errors import FormatError
 
@@ -42,7 +44,8 @@ def load_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     limit = max(_SLACK, _UNFOLDING * size)
     _check_container(path, limit)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with _parameter_tables():
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (
         Exception
     ) as error:  # torch raises whatever its unpickler, zip reader or allocator happens to raise
@@ -103,6 +106,14 @@ def _check_container(path: Path, limit: int) -> None:
         )
 
 
+def _parameter_tables() -> AbstractContextManager[object]:
+    """Lets the restricted reader build a ParameterDict, which is made of what that reader allows and runs nothing."""
+    allow = getattr(
+        torch.serialization, "safe_globals", None
+    )  # since torch 2.5; before, such files are refused
+    return nullcontext() if allow is None else allow([nn.ParameterDict])  # type: ignore[no-any-return]
+
+
 def _refusal(path: Path, error: Exception) -> str:
     reason = " ".join(str(error).split())
     if "weights_only" in reason or "Unsupported" in reason or "GLOBAL" in reason:
@@ -119,6 +130,8 @@ def _walk(value: Any, name: str, path: Path, depth: int = 0) -> Iterator[tuple[s
         raise FormatError(f"{path.name} nests tables in tables, more than 8 deep; no adapter does.")
     if isinstance(value, Tensor):
         yield name or "[0]", value
+    elif type(value) is nn.ParameterDict:
+        yield from _walk(vars(value).get("_parameters", {}), name, path, depth + 1)
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             if not isinstance(key, str | int):

@@ -56,7 +56,7 @@ def settle(
         absent += not said
         facts[layer] = next(iter(said.values())) if said else LayerFacts(rank, float(rank))
     notes = []
-    if absent == len(ranks):
+    if absent and absent == len(ranks):
         notes.append("alpha absent: using alpha = rank")
     elif absent:
         notes.append(f"alpha absent on {absent} of {len(ranks)} layers: using alpha = rank there")

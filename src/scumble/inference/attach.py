@@ -22,10 +22,11 @@ from scumble.adapters import Adapted, Adapter, base_state
 from scumble.adapters.biased import delta_of
 from scumble.adapters.delta import wide
 from scumble.adapters.layers import Place, layers_of, places
+from scumble.adapters.names import one_word
 from scumble.adapters.operate import Held, shape_of
 from scumble.adapters.state import LayerPath, Metadata
 from scumble.collector import no_collection
-from scumble.errors import AdapterError, NoEffect, NotFinite
+from scumble.errors import AdapterError, NoEffect, NotFinite, UnusedTensors, printable
 from scumble.formats.codec import Read, cross_attention_width, read
 from scumble.formats.container import PEFT_NAME, WEIGHTS_NAME
 from scumble.formats.inspection import is_idle
@@ -283,7 +284,16 @@ def read_checked(
         NoEffect: every change in the file is zero.
         NotFinite: a tensor holds NaN or infinity, or their products come to it.
     """
-    found = read(path, shapes, allow_partial=allow_partial)
+    try:
+        found = read(path, shapes, allow_partial=allow_partial)
+    except UnusedTensors as error:
+        if not error.usable:
+            raise
+        raise UnusedTensors(
+            f"{error} To draw with the other {error.usable}: scumble generate --allow-partial, in Python "
+            "allow_partial=True.",
+            error.usable,
+        ) from None
     idle = [layer for layer, state in found.state.layers.items() if is_idle(state)]
     if len(idle) == len(found.state.layers) and not found.state.tokens:
         raise NoEffect(
@@ -299,12 +309,17 @@ def read_checked(
         )
     if found.unused:
         notes.append(f"{len(found.unused)} tensors were left out, first {found.unused[0]!r}.")
+    notes += [
+        f"Write {one_word(name)!r} in a prompt for the file's token {name!r}: a word has no blanks."
+        for name in found.state.tokens
+        if one_word(name) != name
+    ]
     several = [
         name for name, token in found.state.tokens.items() if len(next(iter(token.vectors.values()))) > 1
     ]
     if several and base is None and not hasattr(pipeline, "maybe_convert_prompt"):
-        word = several[0]
-        written = " ".join(spelled(word, len(next(iter(found.state.tokens[word].vectors.values())))))
+        word = one_word(several[0])
+        written = " ".join(spelled(word, len(next(iter(found.state.tokens[several[0]].vectors.values())))))
         notes.append(
             f"A {type(pipeline).__name__} doesn't spell words of several vectors: write {written!r} where you mean "
             f"{word!r}."
@@ -319,7 +334,8 @@ def read_checked(
             f"says {prediction}."
         )
     match = compare(said, _used(said, shapes, pipeline, roots, base))
-    return found, match, (*notes, *([match.note] if match.note else []))
+    notes += [match.note] if match.note else []
+    return found, match, tuple(map(printable, notes))
 
 
 @torch.no_grad()

@@ -54,8 +54,13 @@ class BaseFiles(Mapping[LayerPath, Tensor]):
 
     @property
     def shapes(self) -> dict[LayerPath, tuple[int, ...]]:
-        """Layer path -> shape of its weight: what `formats.read` takes as layers."""
-        return {path: spot.shape for path, spot in self.spots.items()}
+        """Layer path -> shape of its weight, normalisations too: what `formats.read` takes as layers."""
+        norms = {
+            name.removesuffix(_WEIGHT): spot.shape
+            for name, spot in self.other.items()
+            if name.endswith(_WEIGHT) and len(spot.shape) == 1
+        }
+        return {path: spot.shape for path, spot in self.spots.items()} | norms
 
     @property
     def files(self) -> tuple[Path, ...]:

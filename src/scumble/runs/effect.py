@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from scumble.adapters import Adapter
+from scumble.adapters.names import one_word
 from scumble.adapters.state import AdapterState
 from scumble.models.family import BaseModel, Frame
 from scumble.rng import Streams
@@ -38,7 +39,7 @@ def measure_effect(base: BaseModel, state: AdapterState) -> Effect:
         AdapterError: the adapter does not fit the base.
     """
     base.claim(state.roots)
-    prompts = [*PROMPTS, *(f"a photo of {word}" for word in state.tokens)]
+    prompts = [*PROMPTS, *(f"a photo of {one_word(name)}" for name in state.tokens)]
     with base.sparing():
         text, prediction = _outputs(base, prompts)
     adapter = Adapter.load(base.roots, state, name="measured", vocabularies=base.vocabularies)

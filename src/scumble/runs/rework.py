@@ -78,8 +78,8 @@ def dtype_called(name: str | None) -> torch.dtype | None:
     return precision.dtype_called(name)
 
 
-def refuse_existing(out: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
-    """Refuse to write over anything that is there, before any work is done.
+def refuse_existing(out: Path, overwrite: bool, inputs: Sequence[Path] = (), option: str = "--out") -> None:
+    """Refuse to write over anything that is there, before any work is done. `option` is the one that names `out`.
 
     Raises:
         FormatError: `out` exists and `overwrite` is False; or it is one of `inputs`.
@@ -87,7 +87,7 @@ def refuse_existing(out: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> 
     if any(out.exists() and path.exists() and out.samefile(path) for path in inputs):
         raise FormatError(f"{out} is what is being read. Write to another place.")
     if out.exists() and not overwrite:
-        raise FormatError(f"{out} exists. Add --overwrite to replace it, or choose another --out.")
+        raise FormatError(f"{out} exists. Add --overwrite to replace it, or choose another {option}.")
 
 
 def save(

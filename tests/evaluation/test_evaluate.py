@@ -129,6 +129,27 @@ def test_a_file_alone_is_judged_beside_itself(world: Path, tmp_path: Path) -> No
     assert drift.adapter.value > 0, "the adapter shows in unrelated pictures"
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_file_alone_is_judged_by_the_settings_that_it_carries(
+    world: Path, tmp_path: Path, there: bool
+) -> None:
+    """Also where its pictures are on another machine."""
+    pictures = world / "pictures" if there else tmp_path / "elsewhere"
+    config = load(
+        None, (), base=str(world / "base"), data={"images": str(pictures)}, output=str(tmp_path / "run")
+    )
+    settings = config.model_dump_json(exclude={"output"})  # as a run writes it
+    file = adapter_file(tmp_path / "fox.safetensors", base_name=str(world / "base"), settings=settings)
+    subject = None if there else "a sks dog"
+    found = evaluate(file, subject=subject, settings=FEW, eye=BrightEye(), device="cpu")
+    (one,) = found.judged
+    assert found.concept.phrase.removeprefix("a ") == "sks dog"
+    assert (one.scores.learned is not None) is there and len(found.concept.pictures) == 2 * there
+    if not there:
+        with pytest.raises(ConfigError, match="they are not here"):
+            evaluate(file, settings=FEW, eye=BrightEye(), device="cpu")
+
+
 def scores(learned: float | None, obeys: float | None = 1.0) -> Scores:
     return Scores([], learned, obeys, 1.0)
 

@@ -33,7 +33,8 @@ def adapter_file(
     base_name: str = "",
     family: str = "sd1",
     size: float = 0.3,
+    settings: str = "",
 ) -> Path:
     """A LoRA for the toy base, written to `path`."""
     adapter = fill(Adapter.inject(tiny(family).roots, targets, LoraSettings(rank=2)), seed, size)
-    return write(adapter.state(Metadata(base_name=base_name)), path)
+    return write(adapter.state(Metadata(base_name=base_name, settings=settings)), path)

@@ -50,3 +50,15 @@ def test_load_takes_over_saved_means() -> None:
     ema = EMA({"p": parameter}, decay=0.5)
     ema.load({"p": torch.tensor([4.0, 5.0])})
     assert ema.means["p"].tolist() == [4.0, 5.0] and parameter.tolist() == [0.0, 0.0]
+
+
+def test_what_rests_keeps_its_mean_and_takes_it_over() -> None:
+    parameters = {name: nn.Parameter(torch.tensor([1.0])) for name in "ab"}
+    ema = EMA(parameters, decay=0.5)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter += 1
+    ema.update(100, names=["a"])
+    assert {name: mean.item() for name, mean in ema.means.items()} == {"a": 1.5, "b": 1.0}
+    ema.settle(["a"])
+    assert [parameter.item() for parameter in parameters.values()] == [1.5, 2.0]

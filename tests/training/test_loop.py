@@ -669,6 +669,38 @@ def test_a_run_of_two_phases_goes_on_in_the_phase_it_was_in(tmp_path: Path, step
     assert bytes_of(resumed.adapter) == bytes_of(straight.adapter)
 
 
+@pytest.mark.parametrize("step", [2, 3])
+def test_with_a_running_mean_what_rests_is_what_the_next_phase_trained_around(
+    tmp_path: Path, step: int
+) -> None:
+    settings = settings_for(5, ema=0.9, held_out_every=0)
+    plan, _ = two_phases(settings)
+    straight, _ = run_it(tmp_path / "straight", settings, plan)
+    saved, live = (
+        {path.replace("text_model.", ""): layer.tensors["up"] for path, layer in state.layers.items()}
+        for state in (read(straight.adapter).state, plan.export())  # type: ignore[arg-type]
+    )
+    same = {path: torch.equal(saved[path], live[path]) for path in live}
+    assert {path.startswith("text_encoder") for path in same} == {True, False}
+    assert all(same[path] == path.startswith("text_encoder") for path in same)
+    train(two_phases(settings)[0], tmp_path / "run", settings, [Stopping(step, signal.SIGINT)], Streams(0))
+    resumed, _ = run_it(tmp_path / "run", settings, two_phases(settings)[0], resume="latest")
+    assert bytes_of(resumed.adapter) == bytes_of(straight.adapter)
+
+
+def test_an_optimizer_that_a_later_phase_can_not_have_is_refused_before_the_first_step(
+    tmp_path: Path,
+) -> None:
+    settings = settings_for(5)
+    plan, _ = two_phases(settings)
+    first, second = plan.phases
+    prodigy = OptimizerSettings(name="prodigy", learning_rate=1e-3)
+    plan, heard = replace(plan, phases=(first, replace(second, optimizer=prodigy))), Listener()
+    with pytest.raises(ConfigError, match="prodigy estimates the learning rate"):
+        train(plan, tmp_path, settings, [heard], Streams(0))
+    assert not heard.all(StepDone)
+
+
 def test_an_accelerator_of_another_precision_is_refused(tmp_path: Path) -> None:
     accelerator = make_accelerator("no", torch.device("cpu"))
     with pytest.raises(ConfigError, match='"bf16" in the settings and "no"'):

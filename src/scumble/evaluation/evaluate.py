@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scumble.errors import ConfigError, FormatError, ModelError
+from scumble.errors import ConfigError, DataError, FormatError, ModelError
 from scumble.evaluation.asks import Ask, class_ask, subject_asks, unrelated_asks
 from scumble.evaluation.concept import Concept, class_of, find_phrase, square
 from scumble.evaluation.measure import CLASS, SUBJECT, UNRELATED, Group, measure
@@ -95,7 +95,8 @@ def evaluate(
     base = base or (config.base if config else find_base(candidates[-1].file))
     embedded = is_embedded(base)
     notes: list[str] = []
-    concept = find_concept(config, candidates[-1].file, subject, class_phrase, images)
+    alone = run_of(Path(source), candidates[-1].file) is None
+    concept = find_concept(config, candidates[-1].file, subject, class_phrase, images, alone)
     eye = eye or find_eye(embedded, clip, dino, device, notes)
     if not concept.pictures:
         notes.append(
@@ -197,21 +198,22 @@ def config_of(source: Path, file: Path) -> RunConfig | None:
     Raises:
         ConfigError: run.toml is there and can't be read.
     """
-    from scumble.formats.container import read_header
-    from scumble.formats.metadata import from_header
-    from scumble.runs.config import RunConfig
     from scumble.runs.load import load
+    from scumble.runs.reproduce import settings_of
 
-    for folder in (source, file.parent, file.parent.parent):
-        if (folder / SETTINGS).is_file():
-            return load(folder / SETTINGS)
-    said = from_header(read_header(file).metadata).settings
-    if not said:
-        return None
+    folder = run_of(source, file)
+    if folder is not None:
+        return load(folder / SETTINGS)
     try:
-        return RunConfig.model_validate_json(said)
-    except ValueError:  # another version's settings: what they say can be given by hand
+        return settings_of(file)
+    except (ConfigError, FormatError):  # none, or another version's: what they say can be given by hand
         return None
+
+
+def run_of(source: Path, file: Path) -> Path | None:
+    """The folder of the run that the file lies in; None where it lies by itself."""
+    folders = (source, file.parent, file.parent.parent)
+    return next((folder for folder in folders if (folder / SETTINGS).is_file()), None)
 
 
 def find_concept(
@@ -220,8 +222,10 @@ def find_concept(
     subject: str | None,
     class_phrase: str | None,
     images: str | Path | None,
+    alone: bool = False,
 ) -> Concept:
-    """What was taught, by the run's settings and what is said instead.
+    """What was taught, by the run's settings and what is said instead. Of a file that lies `alone` the pictures may
+    be on another machine: it is then judged without.
 
     Raises:
         ConfigError: it isn't known what the subject is called.
@@ -236,14 +240,19 @@ def find_concept(
     data = config.pictures if config else None
     if images is not None:
         data = data.model_copy(update={"images": str(images)}) if data else DataSettings(images=str(images))
-    records = open_dataset(data, seed=config.train.seed if config else 0).records if data else ()
+    try:
+        records = open_dataset(data, seed=config.train.seed if config else 0).records if data else ()
+    except DataError:
+        if images is not None or not alone:
+            raise
+        records = ()
     pictures = tuple(_reduced(square(normalise(record.open()))) for record in records)
     words = [one_word(name) for name in read(file).state.tokens]
     phrase = subject.strip() if subject else ""
     if not phrase and not records and not words:
         raise ConfigError(
-            f"{file} was trained without pictures, or doesn't say on which: say what its subject is called "
-            '(--subject "a fox"), and where its training pictures are (--images FOLDER) if there are some.'
+            f"{file} was trained without pictures, doesn't say on which, or they are not here: say what its subject is "
+            'called (--subject "a fox"), and where its training pictures are (--images FOLDER) if there are some.'
         )
     if not phrase and records:
         phrase = find_phrase([caption for record in records for caption in record.captions], words)

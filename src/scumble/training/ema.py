@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -23,13 +23,21 @@ class EMA:
         self.means = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
     @torch.no_grad()
-    def update(self, step: int, skip: Tensor | None = None) -> None:
-        """Take in the parameters after the `step`-th step; nothing where `skip` (0-dim, 0 or 1) is 1."""
+    def update(self, step: int, skip: Tensor | None = None, names: Iterable[str] | None = None) -> None:
+        """Take in the parameters, or those called `names`, after the `step`-th step; nothing where `skip` (0-dim, 0 or
+        1) is 1."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        means, live = list(self.means.values()), [self.parameters[name].detach() for name in self.means]
+        moved = list(self.means if names is None else names)
+        means, live = [self.means[name] for name in moved], [self.parameters[name].detach() for name in moved]
         difference = torch._foreach_sub(live, means)
         torch._foreach_mul_(difference, weight if skip is None else weight * (1 - skip))
         torch._foreach_add_(means, difference)
+
+    @torch.no_grad()
+    def settle(self, names: Iterable[str]) -> None:
+        """Give parameters that come to rest their means: what trains on around them meets what is saved."""
+        for name in names:
+            self.parameters[name].copy_(self.means[name])
 
     @contextmanager
     @torch.no_grad()

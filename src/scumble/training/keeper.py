@@ -169,6 +169,8 @@ class Keeper:
         for parameter in self.parameters.values():
             parameter.requires_grad_(trains is None or id(parameter) in trains)
         self.moving = {name: p for name, p in self.parameters.items() if trains is None or id(p) in trains}
+        if self.ema is not None:
+            self.ema.settle(self.parameters.keys() - self.moving.keys())
 
     def leave(self, phase: Phase, optimizer: Optimizer) -> None:
         """Keep the optimizer's memory at the end of `phase` where the next one goes on with it."""

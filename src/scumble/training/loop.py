@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from scumble.errors import ConfigError
 from scumble.models.shortage import telling
@@ -24,7 +25,7 @@ from scumble.training.keeper import Keeper, Previewer
 from scumble.training.meter import Measured, Meter
 from scumble.training.numerics import arithmetic, make_accelerator
 from scumble.training.optimizers import build_optimizer
-from scumble.training.plan import Phase, Plan, Stretch, nothing
+from scumble.training.plan import Phase, Plan, Stretch, Trainable, nothing
 from scumble.training.processes import Processes
 from scumble.training.proofs import GradientWatch, check_processes_agree, check_same_run
 from scumble.training.rescue import rescuing
@@ -104,6 +105,8 @@ def train(
             f'precision is "{settings.precision}" in the settings and "{accelerator.mixed_precision}" in the '
             "given Accelerator. Give both the same."
         )
+    for phase in plan.phases[1:]:
+        _optimizer(phase)  # what it refuses is told before the first phase's steps, and not after them
     fanout = sinks if isinstance(sinks, Fanout) else Fanout(sinks)
     tell = fanout.handle if accelerator.is_main_process else _silent
     keeper: Keeper | None = None
@@ -147,18 +150,28 @@ def train(
             fanout.close()
 
 
+def _optimizer(phase: Phase) -> Optimizer:
+    groups = [
+        {"params": list(t.parameters.values()), "lr": _peak(t, phase), "name": t.name}
+        for t in phase.trainables
+    ]
+    return build_optimizer(phase.optimizer, groups)
+
+
+def _peak(trainable: Trainable, phase: Phase) -> float:
+    """The learning rate at its schedule's top."""
+    return trainable.learning_rate or phase.optimizer.learning_rate
+
+
 def _train_phase(phase: Phase, start: int, keeper: Keeper, wish: Interrupt) -> bool:
     """Train one phase, whose first step is the run's `start` + 1, from where the keeper stands. False:
     interrupted."""
     accelerator, settings, streams = keeper.accelerator, keeper.settings, keeper.streams
     share, rank, alone = accelerator.num_processes, accelerator.process_index, accelerator.num_processes == 1
     parameters = [p for trainable in phase.trainables for p in trainable.parameters.values()]
-    peaks = {t.name: t.learning_rate or phase.optimizer.learning_rate for t in phase.trainables}
-    groups = [
-        {"params": list(t.parameters.values()), "lr": peaks[t.name], "name": t.name} for t in phase.trainables
-    ]
+    peaks = {t.name: _peak(t, phase) for t in phase.trainables}
     keeper.wake(phase)
-    objective, stepper = accelerator.prepare(phase.objective, build_optimizer(phase.optimizer, groups))
+    objective, stepper = accelerator.prepare(phase.objective, _optimizer(phase))
     keeper.restore_optimizer(stepper.optimizer, phase)
     work = Work(
         phase.objective,
@@ -205,7 +218,7 @@ def _train_phase(phase: Phase, start: int, keeper: Keeper, wish: Interrupt) -> b
                 driver.do(lambda engine: engine.step(rates, skip))  # noqa: B023 - it is done at once
                 keeper.step += 1
                 if keeper.ema is not None:
-                    keeper.ema.update(keeper.step, skip)
+                    keeper.ema.update(keeper.step, skip, keeper.moving)
                 attempt.moving = False
                 keys = [key for batch in batches for key in batch.keys]
                 meter.add(Measured(keeper.step, phase.name, rates, losses, keys, norm))

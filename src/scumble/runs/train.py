@@ -250,9 +250,10 @@ def _run(
                 say(f"The same adapter in another dialect: {file}")
             for file, encoders in export_words(adapter).items():
                 reader = "pipe.load_textual_inversion of diffusers"
-                if encoders > 1:  # which reads the rows of one encoder at a time
-                    # which also takes the new word for the end of the prompt where a base pools there
-                    reader = f"scumble.load_adapter, and in {encoders} steps for {reader}, whose pictures differ a little"
+                if encoders > 1:
+                    # which reads the rows of one encoder at a time, and may take the new word for a prompt's end
+                    steps = f"in {encoders} steps for {reader}, whose pictures differ a little"
+                    reader = f"scumble.load_adapter, and {steps}"
                 say(f"The new word alone, for {reader}: {file}")
         facts = card_facts(
             config, folder, repo or folder.path.resolve().name, facts=built.plan.facts, adapter=adapter

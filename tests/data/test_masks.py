@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from scumble.data import masks
 from scumble.data.check import check
 from scumble.data.loader import Loader, still_batches
-from scumble.data.record import Batch
+from scumble.data.record import Batch, Record
 from scumble.data.settings import DataSettings
 from scumble.data.sources import open_dataset
 from scumble.errors import DataError
@@ -85,6 +86,15 @@ def test_transparency_turns_with_the_picture(tmp_path: Path) -> None:
     assert batch.mask is not None
     high = batch.mask.shape[2]
     assert not batch.mask[:, :, : high // 2 - 1].any() and batch.mask[:, :, high // 2 + 1 :].all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_a_mask_painted_on_nothing_is_black_there(tmp_path: Path, mode: str) -> None:
+    mask = Image.new("RGBA", (16, 16))
+    mask.paste((255, 255, 255, 255), (0, 0, 8, 16))
+    mask.convert(mode).save(tmp_path / "0.png")
+    found = np.asarray(masks.opened(Record("0.png", lambda: Image.open(tmp_path / "0.png"), ("",))))
+    assert (found[:, :8] == 255).all() and not found[:, 8:].any()
 
 
 def test_where_the_mask_is_black_the_gradient_is_exactly_zero(tmp_path: Path) -> None:

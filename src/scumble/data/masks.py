@@ -1,6 +1,6 @@
 """Masks: where the loss counts, a grey picture beside each picture, cut and shrunk as its picture is.
 
-White counts, black does not, grey counts in part. A mask is a `Record` of its own, so that it is opened, measured
+White counts, black and transparent do not, grey counts in part. A mask is a `Record` of its own, so that it is opened, measured
 and refused like a picture.
 """
 
@@ -120,12 +120,12 @@ def measured(record: Record, picture: Measured) -> str:
 
 
 def opened(mask: Record) -> Image.Image:
-    """A mask's upright grey picture, mode L.
+    """A mask's upright grey picture, mode L; transparency is black, as editors save white painted on nothing.
 
     Raises:
         Refused: it can't be read; the text names it.
     """
-    return open_upright(mask).convert("L")
+    return open_upright(mask, "black").convert("L")
 
 
 def weights(mask: Image.Image, geometry: Geometry, factor: int) -> Tensor:

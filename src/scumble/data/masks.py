@@ -1,7 +1,7 @@
 """Masks: where the loss counts, a grey picture beside each picture, cut and shrunk as its picture is.
 
-White counts, black and transparent do not, grey counts in part. A mask is a `Record` of its own, so that it is opened, measured
-and refused like a picture.
+White counts, black and transparent do not, grey counts in part. A mask is a `Record` of its own, so that it is opened,
+measured and refused like a picture.
 """
 
 from __future__ import annotations

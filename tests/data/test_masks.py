@@ -182,6 +182,20 @@ def test_what_is_wrong_is_said_of_all_pictures_at_once(tmp_path: Path) -> None:
         opened(root)
 
 
+def test_a_mask_is_judged_by_what_the_crop_leaves(tmp_path: Path) -> None:
+    for name, white in (("cut away", (0, 0, 8, 16)), ("kept", (16, 0, 17, 16))):
+        noise(16, 48).save(tmp_path / f"{name}.png")
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        mask = Image.new("L", (48, 16))
+        mask.paste(255, white)
+        mask.save(tmp_path / "masks" / f"{name}.png")
+    settings = DataSettings(images=tmp_path, caption="a thing", masks="masks", workers=0)
+    (problem,) = check(settings, resolution=16).errors
+    assert problem.key == "cut away.png" and "black in all of the 16x16 that the crop leaves" in problem.text
+    for other in ({"center_crop": False}, {"buckets": True}):
+        assert not check(settings.model_copy(update=other), resolution=16).errors
+
+
 def test_a_picture_without_transparency_is_named(tmp_path: Path) -> None:
     root = pictures(tmp_path, "alpha")
     noise(32, 32).save(root / "2.png")

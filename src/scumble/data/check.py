@@ -172,12 +172,12 @@ def _see(
     try:
         measured = measure(record)
         image = open_upright(record)
-        masks.measured(record, measured)
+        target = choose(measured.size, shapes)
+        geometry = center(measured.size, target)
+        masks.measured(record, measured, geometry if settings.center_crop else None)
     except Refused as error:
         text = str(error).removeprefix(f"{record.key}: ")
         return _Seen(None, None, problem=Problem(error.kind, record.key, text))
-    target = choose(measured.size, shapes)
-    geometry = center(measured.size, target)
     shown = bounded(measured, target, settings, streams) or (anew(measured, target, streams, 0),)
     drawn = tuple(
         Tile(

@@ -98,11 +98,14 @@ def _alpha(record: Record) -> Record:
     return Record(f"the mask of {record.key}", opened, ("",))
 
 
-def measured(record: Record, picture: Measured) -> str:
+def measured(record: Record, picture: Measured, only: Geometry | None = None) -> str:
     """The content hash of the record's mask; "" where it has none. Decodes the mask.
 
+    `only`: the cut of the picture, where it is shown in no other.
+
     Raises:
-        Refused: it can't be read, has another size than its picture, or is black everywhere; the text names it.
+        Refused: it can't be read, has another size than its picture, or is black everywhere or in all of `only`; the
+            text names it.
     """
     if record.mask is None:
         return ""
@@ -114,8 +117,16 @@ def measured(record: Record, picture: Measured) -> str:
             f"{record.mask.key}: it is {wide}x{high} pixels and the picture {width}x{height} (width x height). "
             "Make both of one size.",
         )
-    if opened(record.mask).getbbox() is None:
+    grey = opened(record.mask)
+    if grey.getbbox() is None:
         raise Refused("empty mask", f"{record.mask.key}: it is black everywhere: nothing would be learned.")
+    if only is not None and _cut(grey, only).getbbox() is None:
+        height, width = only.target
+        raise Refused(
+            "empty mask",
+            f"{record.mask.key}: it is black in all of the {width}x{height} that the crop leaves of the picture: "
+            "nothing would be learned. Crop both yourself, around what is white.",
+        )
     return mask.content
 
 
@@ -128,16 +139,22 @@ def opened(mask: Record) -> Image.Image:
     return open_upright(mask, "black").convert("L")
 
 
+def _cut(mask: Image.Image, geometry: Geometry) -> Image.Image:
+    """A grey picture cut as its picture is.
+
+    A picture is resized with a filter that may ring; its mask by the mean of what each pixel covers.
+    """
+    return cut(mask, geometry, "bilinear")
+
+
 def weights(mask: Image.Image, geometry: Geometry, factor: int) -> Tensor:
     """(1, h, w) fp32 in [0, 1] from a grey picture: cut as its picture is, then the mean of each factor x factor
     pixels that make one latent. Exactly 0 where all of these are black.
-
-    A picture is resized with a filter that may ring; its mask by the mean of what each pixel covers.
     """
     import numpy as np
     import torch
 
-    pixels = np.asarray(cut(mask, geometry, "bilinear"), dtype=np.float32) / 255
+    pixels = np.asarray(_cut(mask, geometry), dtype=np.float32) / 255
     return torch.nn.functional.avg_pool2d(torch.from_numpy(pixels)[None], factor)
 
 

@@ -196,6 +196,30 @@ def test_a_mask_is_judged_by_what_the_crop_leaves(tmp_path: Path) -> None:
         assert not check(settings.model_copy(update=other), resolution=16).errors
 
 
+def test_masks_that_nobody_asked_for_are_a_warning(tmp_path: Path) -> None:
+    settings = DataSettings(images=pictures(tmp_path), caption="a thing", workers=0)
+    (tmp_path / "masks" / "3.png").rename(tmp_path / "masks" / "stray.png")
+    report = check(settings, resolution=32)
+    (problem,) = [problem for problem in report.warnings if problem.kind == "masks not set"]
+    assert problem.key == "masks/" and problem.text.startswith("3 of its 4 pictures are named as")
+    assert 'set masks = "masks"' in problem.text
+    for file in (tmp_path / "masks").iterdir():
+        file.rename(file.with_stem(f"disguise {file.stem}"))
+    assert not any(problem.kind == "masks not set" for problem in check(settings, resolution=32).problems)
+
+
+def test_transparency_that_nobody_asked_for_is_a_warning(tmp_path: Path) -> None:
+    settings = DataSettings(images=pictures(tmp_path, "alpha"), workers=0)
+    noise(32, 32, 9).save(tmp_path / "0.png")
+    noise(32, 32, 8).convert("RGBA").save(tmp_path / "3.png")
+    (problem,) = [one for one in check(settings, resolution=32).problems if one.kind == "transparent"]
+    assert not problem.error and str(problem).startswith("1.png: and 1 more pictures have transparent parts")
+    assert 'masks = "alpha"' in problem.text
+    noise(32, 32, 9).convert("RGBA").save(tmp_path / "0.png")
+    told = check(settings.model_copy(update={"masks": "alpha"}), resolution=32).problems
+    assert not any(one.error or one.kind == "transparent" for one in told)
+
+
 def test_a_picture_without_transparency_is_named(tmp_path: Path) -> None:
     root = pictures(tmp_path, "alpha")
     noise(32, 32).save(root / "2.png")

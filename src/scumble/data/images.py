@@ -77,6 +77,19 @@ def open_upright(record: Record, paper: str = "white") -> Image.Image:
         raise _refusal(record, error) from error
 
 
+def see_through(record: Record) -> bool:
+    """Whether a part of the record's picture is transparent. Decodes only a picture that has transparency at all.
+
+    Raises:
+        OSError and others of PIL: the file is damaged.
+    """
+    with record.open() as stored:
+        if "A" not in stored.getbands() and "transparency" not in stored.info:
+            return False
+        opaque, _ = stored.convert("RGBA").getchannel("A").getextrema()
+        return opaque != 255
+
+
 def _refusal(record: Record, error: Exception) -> Exception:
     """The error to show for `error` while reading `record`; unforeseen ones come back as they are."""
     if isinstance(error, Refused):

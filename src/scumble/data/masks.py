@@ -6,7 +6,7 @@ measured and refused like a picture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 ALPHA = "alpha"
 """The value of `DataSettings.masks` that takes each picture's own transparency."""
+_USUAL = ("masks", "mask")
+"""What folders of masks are called."""
 
 
 def folder(settings: DataSettings) -> Path | None:
@@ -76,6 +78,25 @@ def attach(
         text = f"{several} to no picture that is trained on."
         problems.append(Problem("unused mask", str(first), text, error=False))
     return tuple(found), tuple(problems)
+
+
+def unasked(root: Path, pictures: Sequence[Path], settings: DataSettings) -> Iterable[Problem]:
+    """A warning where the pictures below `root` look like masks of others, and the settings name no masks."""
+    if settings.masks is not None:
+        return
+    stems = {path.relative_to(root).with_suffix("") for path in pictures}
+    for name in sorted({stem.parts[0] for stem in stems}):
+        if name.lower() not in _USUAL:
+            continue
+        inside = [stem.relative_to(name) for stem in stems if stem.parts[0] == name and len(stem.parts) > 1]
+        named = sum(stem in stems for stem in inside)
+        if named:
+            text = (
+                f"{named} of its {len(inside)} pictures are named as pictures beside it are, and they are taken for "
+                f'pictures, not for masks. If they say where the loss counts, set masks = "{name}"; else rename the '
+                "folder."
+            )
+            yield Problem("masks not set", f"{name}/", text, error=False)
 
 
 def _file(path: Path, record: Record) -> Record:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from scumble.data import masks
 from scumble.data.check import check
 from scumble.data.loader import Loader, still_batches
-from scumble.data.record import Batch
+from scumble.data.record import Batch, Record
 from scumble.data.settings import DataSettings
 from scumble.data.sources import open_dataset
 from scumble.errors import DataError
@@ -85,6 +86,15 @@ def test_transparency_turns_with_the_picture(tmp_path: Path) -> None:
     assert batch.mask is not None
     high = batch.mask.shape[2]
     assert not batch.mask[:, :, : high // 2 - 1].any() and batch.mask[:, :, high // 2 + 1 :].all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_a_mask_painted_on_nothing_is_black_there(tmp_path: Path, mode: str) -> None:
+    mask = Image.new("RGBA", (16, 16))
+    mask.paste((255, 255, 255, 255), (0, 0, 8, 16))
+    mask.convert(mode).save(tmp_path / "0.png")
+    found = np.asarray(masks.opened(Record("0.png", lambda: Image.open(tmp_path / "0.png"), ("",))))
+    assert (found[:, :8] == 255).all() and not found[:, 8:].any()
 
 
 def test_where_the_mask_is_black_the_gradient_is_exactly_zero(tmp_path: Path) -> None:
@@ -170,6 +180,44 @@ def test_what_is_wrong_is_said_of_all_pictures_at_once(tmp_path: Path) -> None:
     (root / "masks" / "0.png").write_bytes((root / "0.png").read_bytes())
     with pytest.raises(DataError, match=r"2 problems.*\n.*1\.png.*9x7(.*\n)+.*2\.png.*black"):
         opened(root)
+
+
+def test_a_mask_is_judged_by_what_the_crop_leaves(tmp_path: Path) -> None:
+    for name, white in (("cut away", (0, 0, 8, 16)), ("kept", (16, 0, 17, 16))):
+        noise(16, 48).save(tmp_path / f"{name}.png")
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        mask = Image.new("L", (48, 16))
+        mask.paste(255, white)
+        mask.save(tmp_path / "masks" / f"{name}.png")
+    settings = DataSettings(images=tmp_path, caption="a thing", masks="masks", workers=0)
+    (problem,) = check(settings, resolution=16).errors
+    assert problem.key == "cut away.png" and "black in all of the 16x16 that the crop leaves" in problem.text
+    for other in ({"center_crop": False}, {"buckets": True}):
+        assert not check(settings.model_copy(update=other), resolution=16).errors
+
+
+def test_masks_that_nobody_asked_for_are_a_warning(tmp_path: Path) -> None:
+    settings = DataSettings(images=pictures(tmp_path), caption="a thing", workers=0)
+    (tmp_path / "masks" / "3.png").rename(tmp_path / "masks" / "stray.png")
+    report = check(settings, resolution=32)
+    (problem,) = [problem for problem in report.warnings if problem.kind == "masks not set"]
+    assert problem.key == "masks/" and problem.text.startswith("3 of its 4 pictures are named as")
+    assert 'set masks = "masks"' in problem.text
+    for file in (tmp_path / "masks").iterdir():
+        file.rename(file.with_stem(f"disguise {file.stem}"))
+    assert not any(problem.kind == "masks not set" for problem in check(settings, resolution=32).problems)
+
+
+def test_transparency_that_nobody_asked_for_is_a_warning(tmp_path: Path) -> None:
+    settings = DataSettings(images=pictures(tmp_path, "alpha"), workers=0)
+    noise(32, 32, 9).save(tmp_path / "0.png")
+    noise(32, 32, 8).convert("RGBA").save(tmp_path / "3.png")
+    (problem,) = [one for one in check(settings, resolution=32).problems if one.kind == "transparent"]
+    assert not problem.error and str(problem).startswith("1.png: and 1 more pictures have transparent parts")
+    assert 'masks = "alpha"' in problem.text
+    noise(32, 32, 9).convert("RGBA").save(tmp_path / "0.png")
+    told = check(settings.model_copy(update={"masks": "alpha"}), resolution=32).problems
+    assert not any(one.error or one.kind == "transparent" for one in told)
 
 
 def test_a_picture_without_transparency_is_named(tmp_path: Path) -> None:

@@ -156,6 +156,8 @@ def test_a_trained_text_encoder_is_held_to_the_bases_reading() -> None:
         ({"class_images": "dogs/"}, "class_images: .*no effect"),
         ({"prior_weight": 0.5}, "prior_weight = 0.5 has no effect"),
         ({"text_encoder_until": 0}, "greater than 0"),
+        ({"instance_prompt": "   "}, "the prompt is blank"),
+        ({"prior": "prediction", "class_prompt": " \n"}, "the prompt is blank"),
     ],
 )
 def test_a_setting_without_effect_is_refused(options: dict[str, Any], said: str) -> None:
@@ -212,6 +214,34 @@ def test_class_pictures_that_nobody_can_draw_are_refused(tmp_path: Path) -> None
     assert dreambooth.check(drawn, None, []) == [], "the base draws them"
     a_file = drawn.model_copy(update={"class_images": str(tmp_path / "0.png")})
     assert "is a file" in dreambooth.check(a_file, None, [])[0].text
+
+
+def test_class_pictures_that_can_not_be_trained_on_are_named(tmp_path: Path) -> None:
+    data, place = DataSettings(images="p", caption="a photo of sks dog"), tmp_path / "dogs"
+    place.mkdir()
+    (place / "a.png").write_text("no picture")
+    Image.new("RGB", (8, 8)).save(place / "b.png")
+    drawn = DreamBoothSettings(prior="images", class_prompt="a dog", class_images=str(place), class_count=3)
+    (problem,) = dreambooth.check(drawn, data, [])
+    assert problem.error and problem.key == str(place / "a.png") and "is no picture" in problem.text
+    Image.new("RGB", (8, 8), "red").save(place / "a.png")
+    assert dreambooth.check(drawn, data, []) == []
+    own = DreamBoothSettings(prior="images", class_images=str(place))
+    (problem,) = dreambooth.check(own, data, [])
+    assert problem.error and "0 captions" in problem.text and "Or set class_prompt" in problem.text
+    (place / "a.txt").write_text("a dog")
+    (problem,) = dreambooth.check(own, data, [])
+    assert problem.key == str(place / "b.png") and "has no caption" in problem.text
+    (place / "b.txt").write_text("a dog")
+    assert dreambooth.check(own, data, []) == []
+
+
+def test_the_subject_is_not_its_own_class(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "inside").mkdir()
+    options = DreamBoothSettings(prior="images", class_prompt="a dog", class_images=f"{tmp_path}/inside/..")
+    (problem,) = dreambooth.check(options, DataSettings(images=tmp_path), [])  # type: ignore[arg-type]
+    assert problem.error and "is data.images too" in problem.text
 
 
 def test_buckets_and_class_pictures_are_refused_together() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,20 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         r"dreambooth\.instance_prompt: has \d+ tokens and the base reads 77\. This would be cut off: 'x x",
     ),
     "no way to draw": (
-        {"prior": "images", "class_images": "pictures", "class_count": 9},
-        r"pictures: holds 3 pictures, class_count asks for 9",
+        {"prior": "images", "class_images": "dogs", "class_count": 9},
+        r"dogs: holds 3 pictures, class_count asks for 9",
+    ),
+    "no caption of its own": (
+        {"prior": "images", "class_images": "dogs"},
+        r"dogs: found 3 images, 0 captions in .*Or set class_prompt",
+    ),
+    "the subject as its class": (
+        {"prior": "images", "class_images": "pictures", "class_prompt": "a dog"},
+        r"pictures: is data\.images too",
+    ),
+    "a class file that is no picture": (
+        {"prior": "images", "class_images": "broken", "class_prompt": "a dog", "class_count": 3},
+        r"broken/a\.png: is no picture",
     ),
     "an empty class folder": (
         {"prior": "images", "class_images": "empty"},
@@ -83,6 +96,9 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
 ) -> None:
     monkeypatch.chdir(world)
     (world / "empty").mkdir(exist_ok=True)
+    (world / "broken").mkdir(exist_ok=True)
+    (world / "broken" / "a.png").write_text("no picture")
+    shutil.copytree(world / "pictures", world / "dogs", dirs_exist_ok=True)
     options, said = WRONG[case]
     with pytest.raises(DataError, match=said):
         scumble.train(**settings(world, tmp_path / "run", **options))

@@ -109,6 +109,18 @@ batch = "many"
     )
 
 
+@pytest.mark.parametrize("number", ["inf", "nan"])
+@pytest.mark.parametrize(
+    "name",
+    ["train.optimizer.learning_rate", "train.max_grad_norm", "dreambooth.prior_weight", "data.held_out"],
+)
+def test_no_setting_is_infinite(tmp_path: Path, name: str, number: str) -> None:
+    file = write(tmp_path, 'base = "b"\noutput = "x"\nmethod = "dreambooth"\ndata.images = "pictures"\n')
+    assert complaint(file, f"{name}={number}") == [
+        f"{name}={number}: {name} = {number}: must be a finite number."
+    ]
+
+
 def test_a_value_is_no_section_and_a_section_no_value(tmp_path: Path) -> None:
     file = write(
         tmp_path, GOOD.replace("[train]\nsteps = 5\n", "[other]\n").replace('output = "runs/x"', "train = 3")

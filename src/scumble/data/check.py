@@ -17,7 +17,7 @@ from scumble.data import masks
 from scumble.data.buckets import choose, target_shapes, too_small
 from scumble.data.cuts import anew, bounded
 from scumble.data.duplicates import Look, look_of, near_pairs
-from scumble.data.images import Geometry, Measured, Size, center, cut, measure, open_upright
+from scumble.data.images import Geometry, Measured, Size, center, cut, measure, open_upright, see_through
 from scumble.data.parallel import in_order
 from scumble.data.problems import Problem, Refused, raise_all
 from scumble.data.record import Record
@@ -101,6 +101,8 @@ class _Seen:
     tiles: tuple[Tile, ...] = ()
     geometry: Geometry | None = None
     problem: Problem | None = None
+    see_through: bool = False
+    """Whether it has transparent parts that nobody asked for as a mask."""
 
 
 def check(
@@ -142,6 +144,7 @@ def check(
     problems = [*dataset.problems, *(s.problem for s in seen if s.problem is not None)]
     good = [(r, s.geometry) for r, s in zip(records, seen, strict=True) if s.geometry is not None]
     problems += _sizes(good, settings)
+    problems += _see_through([r for r, s in zip(records, seen, strict=True) if s.see_through])
     problems += _duplicates(records, seen)
     spoken = [_captions(record, settings, streams) for record, _ in good]
     counts, limit = _count(spoken, count_tokens)
@@ -172,12 +175,12 @@ def _see(
     try:
         measured = measure(record)
         image = open_upright(record)
-        masks.measured(record, measured)
+        target = choose(measured.size, shapes)
+        geometry = center(measured.size, target)
+        masks.measured(record, measured, geometry if settings.center_crop else None)
     except Refused as error:
         text = str(error).removeprefix(f"{record.key}: ")
         return _Seen(None, None, problem=Problem(error.kind, record.key, text))
-    target = choose(measured.size, shapes)
-    geometry = center(measured.size, target)
     shown = bounded(measured, target, settings, streams) or (anew(measured, target, streams, 0),)
     drawn = tuple(
         Tile(
@@ -190,7 +193,8 @@ def _see(
     if geometry.scale > 1 and not settings.allow_upscale:
         problem = Problem("too small", record.key, too_small(measured.size, target, geometry.scale))
         return _Seen(measured, look_of(image), problem=problem)
-    return _Seen(measured, look_of(image), drawn, geometry)
+    clear = settings.masks is None and see_through(record)
+    return _Seen(measured, look_of(image), drawn, geometry, see_through=clear)
 
 
 def _note(record: Record, geometry: Geometry) -> str:
@@ -218,6 +222,17 @@ def _sizes(good: Sequence[tuple[Record, Geometry]], settings: DataSettings) -> l
             )
             problems.append(Problem("cropped", record.key, text, error=False))
     return problems
+
+
+def _see_through(records: Sequence[Record]) -> list[Problem]:
+    if not records:
+        return []
+    several = f"and {len(records) - 1} more pictures have" if len(records) > 1 else "has"
+    text = (
+        f"{several} transparent parts, which are laid on white and learned like the rest. "
+        f'masks = "{masks.ALPHA}" keeps the loss away from them.'
+    )
+    return [Problem("transparent", records[0].key, text, error=False)]
 
 
 def _duplicates(records: Sequence[Record], seen: Sequence[_Seen]) -> list[Problem]:

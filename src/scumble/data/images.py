@@ -33,10 +33,10 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error,
 """What PIL raises on a damaged file."""
 
 
-def normalise(image: Image.Image) -> Image.Image:
+def normalise(image: Image.Image, paper: str = "white") -> Image.Image:
     """Upright 8-bit RGB of a stored picture.
 
-    EXIF orientation is applied; transparency is laid on white; grey, palette and CMYK become RGB; 16-bit grey
+    EXIF orientation is applied; transparency is laid on `paper`; grey, palette and CMYK become RGB; 16-bit grey
     is scaled (v / 257), not clipped. Colour profiles are not applied. An 8-bit RGB picture keeps its pixels
     exactly.
 
@@ -60,21 +60,34 @@ def normalise(image: Image.Image) -> Image.Image:
         )
     if upright.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in upright.info:
         rgba = upright.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, paper), rgba).convert("RGB")
     return upright.convert("RGB")
 
 
-def open_upright(record: Record) -> Image.Image:
-    """The record's picture as upright RGB.
+def open_upright(record: Record, paper: str = "white") -> Image.Image:
+    """The record's picture as upright RGB, transparency laid on `paper`.
 
     Raises:
         Refused: it can't be read or used; the text names it.
     """
     try:
         with record.open() as stored:
-            return normalise(stored)
+            return normalise(stored, paper)
     except Exception as error:
         raise _refusal(record, error) from error
+
+
+def see_through(record: Record) -> bool:
+    """Whether a part of the record's picture is transparent. Decodes only a picture that has transparency at all.
+
+    Raises:
+        OSError and others of PIL: the file is damaged.
+    """
+    with record.open() as stored:
+        if "A" not in stored.getbands() and "transparency" not in stored.info:
+            return False
+        opaque, _ = stored.convert("RGBA").getchannel("A").getextrema()
+        return opaque != 255
 
 
 def _refusal(record: Record, error: Exception) -> Exception:

@@ -323,7 +323,7 @@ class Loader:
         record = self.dataset.records[index]
         if record.mask is None:
             return None
-        name = caches.key("mask", self._masks[index], geometry.variant, self._base.latent_factor)
+        name = caches.key("mask on black", self._masks[index], geometry.variant, self._base.latent_factor)
         bounded = self._cuts[index] is not None
         if bounded and (found := self.cache.get(name)) is not None:
             return found["mask"]
@@ -341,7 +341,7 @@ class Loader:
         index, geometry = visit.entry, self.geometry(visit)
         mask = self.dataset.records[index].mask
         kept = mask is not None and self._cuts[index] is not None
-        name = caches.key("shown", self._latent_key(index, geometry), self._masks[index])
+        name = caches.key("shown, mask on black", self._latent_key(index, geometry), self._masks[index])
         if kept and (found := self.cache.get(name)) is not None:
             return found["shown"]
         if mask is None:

@@ -1,12 +1,12 @@
 """Masks: where the loss counts, a grey picture beside each picture, cut and shrunk as its picture is.
 
-White counts, black does not, grey counts in part. A mask is a `Record` of its own, so that it is opened, measured
-and refused like a picture.
+White counts, black and transparent do not, grey counts in part. A mask is a `Record` of its own, so that it is opened,
+measured and refused like a picture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 ALPHA = "alpha"
 """The value of `DataSettings.masks` that takes each picture's own transparency."""
+_USUAL = ("masks", "mask")
+"""What folders of masks are called."""
 
 
 def folder(settings: DataSettings) -> Path | None:
@@ -78,6 +80,25 @@ def attach(
     return tuple(found), tuple(problems)
 
 
+def unasked(root: Path, pictures: Sequence[Path], settings: DataSettings) -> Iterable[Problem]:
+    """A warning where the pictures below `root` look like masks of others, and the settings name no masks."""
+    if settings.masks is not None:
+        return
+    stems = {path.relative_to(root).with_suffix("") for path in pictures}
+    for name in sorted({stem.parts[0] for stem in stems}):
+        if name.lower() not in _USUAL:
+            continue
+        inside = [stem.relative_to(name) for stem in stems if stem.parts[0] == name and len(stem.parts) > 1]
+        named = sum(stem in stems for stem in inside)
+        if named:
+            text = (
+                f"{named} of its {len(inside)} pictures are named as pictures beside it are, and they are taken for "
+                f'pictures, not for masks. If they say where the loss counts, set masks = "{name}"; else rename the '
+                "folder."
+            )
+            yield Problem("masks not set", f"{name}/", text, error=False)
+
+
 def _file(path: Path, record: Record) -> Record:
     return Record(f"the mask of {record.key}", lambda: Image.open(path), ("",), path, read=path.read_bytes)
 
@@ -98,11 +119,14 @@ def _alpha(record: Record) -> Record:
     return Record(f"the mask of {record.key}", opened, ("",))
 
 
-def measured(record: Record, picture: Measured) -> str:
+def measured(record: Record, picture: Measured, only: Geometry | None = None) -> str:
     """The content hash of the record's mask; "" where it has none. Decodes the mask.
 
+    `only`: the cut of the picture, where it is shown in no other.
+
     Raises:
-        Refused: it can't be read, has another size than its picture, or is black everywhere; the text names it.
+        Refused: it can't be read, has another size than its picture, or is black everywhere or in all of `only`; the
+            text names it.
     """
     if record.mask is None:
         return ""
@@ -114,30 +138,44 @@ def measured(record: Record, picture: Measured) -> str:
             f"{record.mask.key}: it is {wide}x{high} pixels and the picture {width}x{height} (width x height). "
             "Make both of one size.",
         )
-    if opened(record.mask).getbbox() is None:
+    grey = opened(record.mask)
+    if grey.getbbox() is None:
         raise Refused("empty mask", f"{record.mask.key}: it is black everywhere: nothing would be learned.")
+    if only is not None and _cut(grey, only).getbbox() is None:
+        height, width = only.target
+        raise Refused(
+            "empty mask",
+            f"{record.mask.key}: it is black in all of the {width}x{height} that the crop leaves of the picture: "
+            "nothing would be learned. Crop both yourself, around what is white.",
+        )
     return mask.content
 
 
 def opened(mask: Record) -> Image.Image:
-    """A mask's upright grey picture, mode L.
+    """A mask's upright grey picture, mode L; transparency is black, as editors save white painted on nothing.
 
     Raises:
         Refused: it can't be read; the text names it.
     """
-    return open_upright(mask).convert("L")
+    return open_upright(mask, "black").convert("L")
+
+
+def _cut(mask: Image.Image, geometry: Geometry) -> Image.Image:
+    """A grey picture cut as its picture is.
+
+    A picture is resized with a filter that may ring; its mask by the mean of what each pixel covers.
+    """
+    return cut(mask, geometry, "bilinear")
 
 
 def weights(mask: Image.Image, geometry: Geometry, factor: int) -> Tensor:
     """(1, h, w) fp32 in [0, 1] from a grey picture: cut as its picture is, then the mean of each factor x factor
     pixels that make one latent. Exactly 0 where all of these are black.
-
-    A picture is resized with a filter that may ring; its mask by the mean of what each pixel covers.
     """
     import numpy as np
     import torch
 
-    pixels = np.asarray(cut(mask, geometry, "bilinear"), dtype=np.float32) / 255
+    pixels = np.asarray(_cut(mask, geometry), dtype=np.float32) / 255
     return torch.nn.functional.avg_pool2d(torch.from_numpy(pixels)[None], factor)
 
 

@@ -39,8 +39,8 @@ class DataSettings(Settings):
     count."""
     masks: PathText | None = None
     """Where the loss counts. "alpha": where a picture is not transparent. Or a folder, `masks/` in `images` or any
-    other, with a grey picture of the same name and size for each: white counts, black does not. An inpainting base
-    learns to fill what is white; without masks, holes are drawn by chance."""
+    other, with a grey picture of the same name and size for each: white counts, black and transparent do not. An
+    inpainting base learns to fill what is white; without masks, holes are drawn by chance."""
     repeats: Annotated[int, Field(ge=1)] = 1
     """How often a picture counts in one epoch. Folders named like `10_dog` multiply it by their own
     number."""

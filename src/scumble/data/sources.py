@@ -154,6 +154,13 @@ def _folder(root: Path, settings: DataSettings) -> Dataset:
             error=False,
         )
         return replace(inner, problems=(*inner.problems, note) if outside else inner.problems)
+    dataset = _captioned(root, pictures, sheets, settings)
+    return replace(dataset, problems=(*dataset.problems, *masks.unasked(root, pictures, settings)))
+
+
+def _captioned(
+    root: Path, pictures: Sequence[Path], sheets: Sequence[Path], settings: DataSettings
+) -> Dataset:
     if settings.caption is not None:
         return _one_caption(root, pictures, sheets, settings)
     if sheets:

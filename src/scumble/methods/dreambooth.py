@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from pydantic import Field
-
 from scumble.data.problems import Problem
 from scumble.data.settings import DataSettings
 from scumble.errors import ConfigError
 from scumble.methods.method import Ingredients
 from scumble.methods.parts import injected, planned
-from scumble.methods.prior import Prior, PriorSettings, check_prior, too_long
+from scumble.methods.prior import Prior, PriorSettings, Prompt, check_prior, too_long
 from scumble.methods.text_encoder import TextEncoderSettings, phases, texts_of, with_text_encoder
 from scumble.models.text import Words
 from scumble.settings import Settings
@@ -25,7 +23,7 @@ from scumble.training.plan import Plan
 class DreamBoothSettings(TextEncoderSettings, PriorSettings):
     """What the subject is called, and how its class is kept."""
 
-    instance_prompt: str | None = Field(None, min_length=1)
+    instance_prompt: Prompt | None = None
     """The caption of every picture, with a rare word for the subject: "a photo of sks dog". Unset: the dataset's own
     captions."""
 

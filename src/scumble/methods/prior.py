@@ -10,16 +10,20 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
-from scumble.data.problems import Problem
+from scumble.data.images import open_upright
+from scumble.data.parallel import in_order
+from scumble.data.problems import Problem, Refused
+from scumble.data.record import Record
 from scumble.data.settings import DataSettings, PathText
-from scumble.data.sources import pictures_in
+from scumble.data.sources import look, pictures_in
 from scumble.data.woven import Embeddable, Woven
+from scumble.errors import DataError
 from scumble.methods.method import Ingredients
 from scumble.methods.text_encoder import text_roots
 from scumble.models.text import Words
@@ -44,10 +48,20 @@ _DRAWN = ("class_count", "class_images", "class_seed", "class_steps", "class_gui
 """Settings that only class pictures have."""
 
 
+def _not_blank(prompt: str) -> str:
+    if not prompt.strip():
+        raise ValueError("the prompt is blank. Write one, or leave the setting out.")
+    return prompt
+
+
+Prompt = Annotated[str, AfterValidator(_not_blank)]
+"""A prompt that says something."""
+
+
 class PriorSettings(Settings):
     """How the class of a subject is kept."""
 
-    class_prompt: str | None = Field(None, min_length=1)
+    class_prompt: Prompt | None = None
     """The same without the rare word: "a photo of a dog"."""
     prior: Literal["none", "images", "prediction"] = "none"
     """How the class is kept. "images": class pictures train beside the subject's. "prediction": no class picture; the
@@ -142,7 +156,7 @@ class Prior:
 
 
 def check_prior(options: PriorSettings, data: DataSettings | None) -> Iterable[Problem]:
-    """What is wrong with the class pictures, told before anything is drawn."""
+    """What is wrong with the class pictures, told before anything is drawn. Decodes those that are there."""
     if options.prior != "images":
         return
     if data is not None and data.buckets:
@@ -154,9 +168,17 @@ def check_prior(options: PriorSettings, data: DataSettings | None) -> Iterable[P
     if options.class_images is None:
         return
     place = Path(options.class_images).expanduser()
+    if data is not None and place.resolve() == Path(data.images).expanduser().resolve():
+        text = (
+            "is data.images too: the subject would be kept as its own class. Name a folder with other members of the "
+            "class, or leave class_images out and the base draws them from class_prompt."
+        )
+        yield Problem("class pictures", options.class_images, text)
+        return
     if place.exists() and not place.is_dir():
         yield Problem("class pictures", options.class_images, "is a file, not a folder.")
-    elif options.class_prompt is None:
+        return
+    if options.class_prompt is None:
         found = len(pictures_in(place)) if place.is_dir() else 0
         if found < (options.class_count or 1):
             text = (
@@ -165,6 +187,30 @@ def check_prior(options: PriorSettings, data: DataSettings | None) -> Iterable[P
                 "class_prompt."
             )
             yield Problem("class pictures", options.class_images, text)
+            return
+    if data is not None and place.is_dir() and pictures_in(place):
+        yield from _unusable(class_data(options, data, options.class_images))
+
+
+def _unusable(shown: DataSettings) -> Iterable[Problem]:
+    """Class pictures that can't be trained on, each with its folder; the base may still draw more beside the others."""
+    try:
+        dataset = look(shown)
+    except DataError as error:
+        advice = "" if shown.caption else " Or set class_prompt: one prompt for all class pictures."
+        yield Problem("class pictures", shown.images, f"{error}{advice}")
+        return
+
+    def opened(record: Record) -> Problem | None:
+        try:
+            open_upright(record)
+        except Refused as error:
+            return Problem(error.kind, record.key, str(error).removeprefix(f"{record.key}: "))
+        return None
+
+    for problem in (*dataset.problems, *in_order(opened, dataset.records, shown.workers)):
+        if problem is not None and problem.error:
+            yield replace(problem, key=str(Path(shown.images, problem.key)))
 
 
 def too_long(place: str, prompt: str | None, words: Sequence[Words]) -> Iterable[Problem]:

@@ -198,6 +198,27 @@ def test_mistakes_in_a_settings_file_are_told_in_one_place(tmp_path: Path) -> No
         make(resolution=20)
 
 
+@pytest.mark.parametrize(
+    ("objective", "named"),
+    [
+        ({"loss": "huber"}, 'train.objective.loss = "huber" would'),
+        (
+            {"snr_gamma": 5, "noise_offset": 0.5},
+            r"objective.snr_gamma = 5.0, train.objective.noise_offset = 0.5 would",
+        ),
+        (
+            {"timesteps": {"distribution": "logit-normal"}},
+            'train.objective.timesteps.distribution = "logit-normal" would',
+        ),
+    ],
+)
+def test_settings_of_another_loss_are_refused_by_name(objective: dict[str, Any], named: str) -> None:
+    run = {"base": "picturebook", "method": "slider", "output": "never", "slider": PAIR}
+    with pytest.raises(ConfigError, match=named):
+        load(None, (), train={"objective": objective}, **run)
+    assert load(None, (), train={"objective": {"loss": "l2"}}, **run).train.objective.loss == "l2"
+
+
 def test_a_resumed_run_gives_the_very_same_file(tmp_path: Path) -> None:
     settings = TrainSettings.model_validate(
         {"steps": 4, "batch": 2, "checkpoint_every": 2, "optimizer": {"learning_rate": 1e-2}}

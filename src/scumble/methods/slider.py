@@ -311,6 +311,7 @@ class Slider:
     settings = SliderSettings
     needs_pictures = False
     trains_text = False
+    takes_objective = False
 
     def plan(self, ingredients: Ingredients) -> Plan:
         """See `Method`."""

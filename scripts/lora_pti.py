@@ -96,22 +96,30 @@ def inversion(value: bool, flags: argparse.Namespace, world: World) -> Values:
     return {"pivotal.inversion_steps": first, "train.steps": first + flags.max_train_steps_tuning}
 
 
+def scaled(value: float, flags: argparse.Namespace) -> float:
+    """A learning rate as it trains: `--scale_lr` multiplies it."""
+    return value * (flags.gradient_accumulation_steps * flags.train_batch_size if flags.scale_lr else 1)
+
+
 def rate(setting: str, *, needs: str = "") -> Becomes:
     """A learning rate, scaled where `--scale_lr` asks for it; none where its switch is off."""
 
     def becomes(value: float | None, flags: argparse.Namespace, world: World) -> Values:
         if value is None or (needs and not getattr(flags, needs)):
             return {}
-        scale = flags.gradient_accumulation_steps * flags.train_batch_size if flags.scale_lr else 1
-        return {setting: value * scale}
+        return {setting: scaled(value, flags)}
 
     return becomes
 
 
-def token_rate(value: float | None, flags: argparse.Namespace, world: World) -> Values:
+def tuning_rate(flags: argparse.Namespace) -> float:
     """While the LoRA is tuned, words go on at the inversion's rate unless they have one of their own."""
-    value = flags.learning_rate_ti if value is None else value
-    return rate("pivotal.token_learning_rate", needs="continue_inversion")(value, flags, world)
+    own = flags.continue_inversion_lr
+    return float(flags.learning_rate_ti if own is None else own)
+
+
+def token_rate(value: float | None, flags: argparse.Namespace, world: World) -> Values:
+    return rate("pivotal.token_learning_rate", needs="continue_inversion")(tuning_rate(flags), flags, world)
 
 
 def warmup(setting: str, schedule: str) -> Becomes:
@@ -133,12 +141,19 @@ def text_targets(value: tuple[str, ...], flags: argparse.Namespace, world: World
 
 
 def scale(value: float, flags: argparse.Namespace, world: World) -> Values:
-    return {} if value == 1 else {"adapter.alpha": value * flags.lora_rank_unet}
+    """alpha / rank is the same in UNet and text encoder, whatever the rank of each."""
+    if value == 1:
+        return {}
+    found: dict[str, object] = {"adapter.alpha": value * flags.lora_rank_unet}
+    if flags.train_text_encoder:
+        found["adapter.alpha_pattern"] = {"text_encoder*.*": value * flags.lora_rank_text_encoder}
+    return found
 
 
 def decay(value: bool, flags: argparse.Namespace, world: World) -> Values:
-    """There each step takes the norm the part min(1, 100 x rate) of the way to the table's."""
-    return {"pivotal.norm_pull": min(1.0, 100 * flags.learning_rate_ti) if value else 0.0}
+    """There each step takes the norm the part min(1, 100 x rate) of the way to the table's, by the rate that trains."""
+    trains = flags.learning_rate_ti if flags.perform_inversion else tuning_rate(flags)
+    return {"pivotal.norm_pull": min(1.0, 100 * scaled(trains, flags)) if value else 0.0}
 
 
 def eight_bits(value: bool, flags: argparse.Namespace, world: World) -> Values:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from scumble.errors import ConfigError
-from scumble.evaluation.concept import Concept, class_of, find_phrase, square
+from scumble.evaluation.concept import Concept, class_of, find_phrase, square, without
 from scumble.picturebook.creatures import creature_caption
 from scumble.picturebook.scenes import BACKGROUNDS, POSITIONS, SIZES
 
@@ -40,6 +40,11 @@ def test_captions_that_share_nothing_ask_for_the_subject(captions: list[str]) ->
 def test_a_learned_word_is_what_it_is_called() -> None:
     assert find_phrase(["a picture of a fox", "a fox at night"], ["<my-fox>"]) == "<my-fox>"
     assert find_phrase(["a zorbik creature", "the zorbik creature at night"], ["zorbik"]) == "zorbik creature"
+
+
+def test_words_of_another_file_are_left_out_of_captions() -> None:
+    assert find_phrase([without("a photo of <zz> <yy>, dog", ["<yy>"])]) == "<zz> dog"
+    assert without("<a>b a", ["<a>", "b"]) == "<a>b a", "whole words alone"
 
 
 def test_the_class_is_the_last_word() -> None:

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from scumble.adapters.state import AdapterState, TokenState
 from scumble.errors import ConfigError, FormatError
 from scumble.evaluation.asks import Ask
 from scumble.evaluation.concept import Concept
@@ -25,6 +27,7 @@ from scumble.evaluation.evaluate import (
 from scumble.evaluation.eyes import Values
 from scumble.evaluation.measure import Scores
 from scumble.evaluation.result import Candidate, EvaluationSettings, Judged
+from scumble.formats import write
 from scumble.models.tiny import save
 from scumble.runs.load import load
 from scumble.runs.toml import dump
@@ -205,6 +208,24 @@ def test_pictures_and_words_can_be_given_instead(world: Path, tmp_path: Path) ->
         and concept.keys == ("0.png", "1.png")
         and concept.pictures[0].size == (16, 16)
     )
+
+
+def test_a_file_of_one_of_two_words_is_called_by_that_word(world: Path, tmp_path: Path) -> None:
+    config = load(
+        None,
+        (),
+        base=str(world / "base"),
+        method="textual-inversion",
+        textual_inversion={"placeholders": ["<zz>", "<yy>"]},
+        data={"images": str(world / "pictures")},
+        output=str(tmp_path),
+    )
+    tokens = {word: TokenState({"text_encoder": torch.ones(1, 32)}) for word in ("<zz>", "<yy>")}
+    both = write(AdapterState({}, tokens), tmp_path / "learned_embeds.safetensors")
+    assert find_concept(config, both, None, None, None).phrase == "<zz> <yy>"
+    for word, token in tokens.items():
+        alone = write(AdapterState({}, {word: token}), tmp_path / "alone.safetensors")
+        assert find_concept(config, alone, None, None, None).phrase == word
 
 
 def test_without_clip_and_dino_it_is_said_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,14 @@ import torch
 from pydantic import ValidationError
 
 from scumble.adapters.lora import LoraSettings
+from scumble.data.problems import Problem
 from scumble.errors import ConfigError
 from scumble.methods.method import METHODS, Ingredients
 from scumble.methods.slider import Paths, Slider, SliderObjective, SliderSettings
 from scumble.models import FAMILIES
 from scumble.models.family import BaseModel, Frame
+from scumble.models.text import Words
+from scumble.models.tiny import tiny_tokenizer
 from scumble.rng import Streams
 from scumble.runs.load import load
 from scumble.training.loop import train
@@ -174,11 +177,53 @@ def test_words_to_preserve_are_in_all_three_prompts() -> None:
         ({"neutral": " "}, "neutral not set"),
         ({"positive": "x", "negative": "x"}, "there is no difference to learn"),
         ({"neutral": "a {}"}, "which is empty"),
+        (
+            {"positive": "a {}", "negative": "a", "preserve": ("x",)},
+            'both "a x" with the words of preserve: there is no difference',
+        ),
     ],
 )
-def test_prompts_that_teach_nothing_are_refused(changes: dict[str, str], message: str) -> None:
+def test_prompts_that_teach_nothing_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         SliderSettings.model_validate({**PAIR, **changes})
+
+
+def problems(**changes: Any) -> list[Problem]:
+    settings = SliderSettings.model_validate({**PAIR, **changes})
+    return list(Slider().check(settings, None, [Words(tiny_tokenizer(), 77)]))
+
+
+def test_prompts_that_are_cut_are_warned_of_with_the_cut() -> None:
+    assert not problems()
+    (one,) = problems(positive="the " * 75 + "big fox")
+    assert not one.error and str(one).startswith("slider.positive: has 8")
+    assert one.text.endswith("This would be cut off: 'big fox'. Shorten the prompt.")
+    assert len(problems(preserve=("the " * 75, "in snow"))) == 3, "the words to preserve count"
+
+
+def test_prompts_that_differ_only_where_they_are_cut_are_refused() -> None:
+    *cut, same = problems(positive="the " * 90 + "big", negative="the " * 90 + "small")
+    assert [one.key for one in cut] == ["slider.positive", "slider.negative"]
+    assert same.error and "are the same tokens for the base" in same.text
+    assert [one.error for one in problems(positive="A fox", negative="a fox")] == [True]
+
+
+def test_a_run_says_what_is_cut_and_refuses_a_pair_that_is_one_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from scumble.runs import build
+
+    def run(**changes: str) -> tuple[Problem, ...]:
+        said = {**PAIR, **changes}
+        return build.check_data(
+            load(None, (), base="picturebook", method="slider", output="never", slider=said)
+        )[2]
+
+    monkeypatch.setattr(build, "load_base", None)
+    (warning,) = run(neutral="a " * 90 + "fox")
+    assert warning.key == "slider.neutral" and "This would be cut off" in warning.text
+    with pytest.raises(ConfigError, match=r"slider\.positive: .* are the same tokens for the base"):
+        run(positive="a " * 90 + "big", negative="a " * 90 + "small")
 
 
 def test_mistakes_in_a_settings_file_are_told_in_one_place(tmp_path: Path) -> None:
@@ -196,6 +241,27 @@ def test_mistakes_in_a_settings_file_are_told_in_one_place(tmp_path: Path) -> No
         )
     with pytest.raises(ConfigError, match=r"slider.resolution = 20"):
         make(resolution=20)
+
+
+@pytest.mark.parametrize(
+    ("objective", "named"),
+    [
+        ({"loss": "huber"}, 'train.objective.loss = "huber" would'),
+        (
+            {"snr_gamma": 5, "noise_offset": 0.5},
+            r"objective.snr_gamma = 5.0, train.objective.noise_offset = 0.5 would",
+        ),
+        (
+            {"timesteps": {"distribution": "logit-normal"}},
+            'train.objective.timesteps.distribution = "logit-normal" would',
+        ),
+    ],
+)
+def test_settings_of_another_loss_are_refused_by_name(objective: dict[str, Any], named: str) -> None:
+    run = {"base": "picturebook", "method": "slider", "output": "never", "slider": PAIR}
+    with pytest.raises(ConfigError, match=named):
+        load(None, (), train={"objective": objective}, **run)
+    assert load(None, (), train={"objective": {"loss": "l2"}}, **run).train.objective.loss == "l2"
 
 
 def test_a_resumed_run_gives_the_very_same_file(tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ from scumble.models import FAMILIES
 from scumble.models.text import Words
 from scumble.models.tiny import tiny_tokenizer
 from scumble.rng import Streams
+from scumble.runs.build import refuse_dialect
+from scumble.runs.load import load
+from scumble.runs.train import export_words
 from scumble.training.loop import train
 from scumble.training.proofs import digests
 from scumble.training.settings import TrainSettings
@@ -199,14 +202,24 @@ def test_every_count_after_the_check_counts_the_vectors() -> None:
     assert one[0].counts(["a <fox>"]) == [1 + 1 + 5 + 1]
 
 
-def test_several_words_are_taught_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_several_words_are_taught_at_once(family: str, tmp_path: Path) -> None:
     plan, base = words_plan(
-        "textual-inversion", SETTINGS, word="<a1> <b2>", placeholders=("<a1>", "<b2>"), initial=("the", "and")
+        "textual-inversion",
+        SETTINGS,
+        family=family,
+        word="<a1> <b2>",
+        placeholders=("<a1>", "<b2>"),
+        initial=("the", "and"),
     )
+    refuse_dialect(load(None, (), base="x", data={"images": "x"}, output="never"), plan)
     result = train(plan, tmp_path, SETTINGS, [Listener()], Streams(0))
     state = read(result.adapter, []).state  # type: ignore[arg-type]
     assert set(state.tokens) == {"<a1>", "<b2>"}
-    fresh = FAMILIES.get("sd1").tiny(0)
+    alone = export_words(result.adapter)  # type: ignore[arg-type]
+    assert [path.name for path in alone] == ["learned_embeds-1.safetensors", "learned_embeds-2.safetensors"]
+    assert [list(read(path).state.tokens) for path in alone] == [["<a1>"], ["<b2>"]]
+    fresh = FAMILIES.get(family).tiny(0)
     with Adapter.load(fresh.roots, state, vocabularies=fresh.vocabularies), torch.no_grad():
         assert torch.equal(
             fresh.encode_prompts(["<a1> <b2>"]).tokens, base.encode_prompts(["<a1> <b2>"]).tokens

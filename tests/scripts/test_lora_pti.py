@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.methods.words_world import words_plan
 from tests.scripts.commands import load, run_config, values
 
 script = load("lora_pti")
@@ -90,6 +91,33 @@ def test_flags_become_settings() -> None:
     assert options.initial == ("cat", "toy") and options.norm_pull == 0
     assert run.adapter.alpha == 2 and "*.resnets.*" in run.adapter.targets
     assert options.inversion_schedule.warmup_steps == 0
+
+
+def test_norms_are_pulled_by_the_rate_that_trains() -> None:
+    few = ("--scale_lr", "--gradient_accumulation_steps=2", "--train_batch_size=3", "--learning_rate_ti=1e-4")
+    assert settings(*few)["pivotal.norm_pull"] == pytest.approx(0.06)
+    joint = ("--noperform_inversion", "--continue_inversion", "--continue_inversion_lr=2e-4")
+    assert settings(*few, *joint)["pivotal.norm_pull"] == pytest.approx(0.12)
+    assert settings("--learning_rate_ti=0.1")["pivotal.norm_pull"] == 1
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_the_scale_is_the_same_at_every_rank(family: str) -> None:
+    flags = ("--lora_rank_unet=8", "--lora_rank_text_encoder=2", "--lora_scale=0.5", "--max_train_steps_ti=4")
+    run = config(*flags)
+    plan, _ = words_plan(
+        "pivotal",
+        run.train,
+        family=family,
+        adapter=run.adapter,
+        word="<s1> <s2>",
+        **run.options.model_dump(exclude_unset=True),
+    )
+    layers = plan.export().layers.items()
+    assert {(path.startswith("text_encoder"), layer.rank, layer.scale) for path, layer in layers} == {
+        *((False, 8, 0.5), (True, 2, 0.5)),
+    }
+    assert config(*flags, "--notrain_text_encoder").adapter.alpha_pattern == {}
 
 
 def test_words_from_the_start_need_no_inversion() -> None:

@@ -22,6 +22,8 @@ MEDIA = (
     "rendering",
     "depiction",
 )
+_LETTER = r"[^\s,.;:!?]"
+"""Of a word, as captions are taken apart."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def find_phrase(captions: Sequence[str], learned: Sequence[str] = ()) -> str:
         ConfigError: they share no word.
     """
     lists = [
-        _without_medium(re.findall(r"[^\s,.;:!?]+", caption.lower()))
+        _without_medium(re.findall(f"{_LETTER}+", caption.lower()))
         for caption in dict.fromkeys(captions)
         if caption.strip()
     ]
@@ -74,6 +76,14 @@ def find_phrase(captions: Sequence[str], learned: Sequence[str] = ()) -> str:
             'called. Say it with --subject, e.g. --subject "sks dog" or --subject "in woodcut style".'
         )
     return " ".join(best)
+
+
+def without(caption: str, words: Sequence[str]) -> str:
+    """A caption without these words: new ones that another file brings."""
+    kept = caption
+    for word in words:
+        kept = re.sub(rf"(?<!{_LETTER}){re.escape(word)}(?!{_LETTER})", "", kept)
+    return kept
 
 
 def _without_medium(words: list[str]) -> list[str]:

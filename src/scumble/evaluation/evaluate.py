@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from scumble.errors import ConfigError, DataError, FormatError, ModelError
 from scumble.evaluation.asks import Ask, class_ask, subject_asks, unrelated_asks
-from scumble.evaluation.concept import Concept, class_of, find_phrase, square
+from scumble.evaluation.concept import Concept, class_of, find_phrase, square, without
 from scumble.evaluation.measure import CLASS, SUBJECT, UNRELATED, Group, measure
 from scumble.evaluation.result import (
     NUMBERS,
@@ -236,6 +236,7 @@ def find_concept(
     from scumble.data.settings import DataSettings
     from scumble.data.sources import open_dataset
     from scumble.formats import read
+    from scumble.methods.words import WordSettings
 
     data = config.pictures if config else None
     if images is not None:
@@ -247,7 +248,8 @@ def find_concept(
             raise
         records = ()
     pictures = tuple(_reduced(square(normalise(record.open()))) for record in records)
-    words = [one_word(name) for name in read(file).state.tokens]
+    held = read(file).state.tokens
+    words = [one_word(name) for name in held]
     phrase = subject.strip() if subject else ""
     if not phrase and not records and not words:
         raise ConfigError(
@@ -255,7 +257,11 @@ def find_concept(
             'called (--subject "a fox"), and where its training pictures are (--images FOLDER) if there are some.'
         )
     if not phrase and records:
-        phrase = find_phrase([caption for record in records for caption in record.captions], words)
+        options = config.options if config else None
+        taught = options.placeholders if isinstance(options, WordSettings) else ()
+        elsewhere = [word for word in taught if word not in held]
+        captions = [without(caption, elsewhere) for record in records for caption in record.captions]
+        phrase = find_phrase(captions, words)
     phrase = phrase or " ".join(words)
     named = class_of(phrase) if class_phrase is None else class_phrase.strip()
     return Concept(phrase, pictures, tuple(record.key for record in records), named)

@@ -47,9 +47,10 @@ def with_tokens(file: TensorFile, decoded: Decoded) -> Decoded:
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     names = []
     for name, tensor in file.tensors.items():
-        ours = _OURS.fullmatch(name)
+        ours = beside(name)
         if ours is not None:
-            found[ours["token"]][ours["root"]] = rows(name, tensor)
+            root, token = ours
+            found[token][root] = rows(name, tensor)
             names.append(name)
             continue
         match = _TENSOR.fullmatch(name)
@@ -73,6 +74,12 @@ def with_tokens(file: TensorFile, decoded: Decoded) -> Decoded:
         unused={name: why for name, why in decoded.unused.items() if name not in names},
         notes=(*decoded.notes, f"with {count(tokens, 'token')}: {', '.join(sorted(tokens))[:200]}"),
     )
+
+
+def beside(name: str) -> tuple[str, str] | None:
+    """(text encoder, token) of a tensor under our names; None for any other."""
+    match = _OURS.fullmatch(name)
+    return None if match is None else (match["root"], match["token"])
 
 
 def token_tensors(tokens: Mapping[str, TokenState]) -> dict[str, Tensor]:

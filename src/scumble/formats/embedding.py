@@ -6,7 +6,8 @@
     clip_l, clip_g           two text encoders: (n, 768) and (n, 1280)
 
 The word is the file's name where the file does not say it. Written is diffusers' spelling, which
-`pipe.load_textual_inversion` reads when there is one word; with two text encoders `clip_l` and `clip_g`.
+`pipe.load_textual_inversion` reads when there is one word; with two text encoders `clip_l` and `clip_g`. These say one
+word a file: several words with two text encoders have the names that they have beside a LoRA (see `bundles`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from scumble.adapters.state import AdapterState, LayerPath, TokenState
 from scumble.errors import FormatError
-from scumble.formats.bundles import rows, sizes
+from scumble.formats.bundles import beside, rows, sizes, token_tensors
 from scumble.formats.codec import cannot_represent
 from scumble.formats.container import TensorFile
 from scumble.formats.metadata import TOKENS, compact, from_header, parse_table, to_header
@@ -54,6 +55,8 @@ class Embedding:
         names = [name for name in file.tensors if not _aside(name)]
         if any(name in _ROOTS for name in names):
             return all(name in _ROOTS for name in names)
+        if names and all(map(beside, names)):
+            return True
         said = TOKENS in file.metadata or len(names) == 1
         words = all(_BRACKETED.fullmatch(name) or (said and _PLAIN.fullmatch(name)) for name in names)
         return words and all(
@@ -76,6 +79,9 @@ class Embedding:
                 if _ROOTS[name] in vectors.get(word, {}):
                     raise FormatError(f"{file.label} holds two embeddings for one text encoder. Not applied.")
                 vectors.setdefault(word, {})[_ROOTS[name]] = rows(name, tensor)
+            elif (ours := beside(name)) is not None:
+                root, word = ours
+                vectors.setdefault(word, {})[root] = rows(name, tensor)
             elif not _aside(name):
                 vectors[name] = {"text_encoder": rows(name, tensor)}
             else:
@@ -102,8 +108,6 @@ class Embedding:
         roots = {root for token in state.tokens.values() for root in token.vectors}
         if roots - set(_WRITTEN):
             return f"it has no place for {', '.join(sorted(roots - set(_WRITTEN)))}"
-        if roots != {"text_encoder"} and len(state.tokens) > 1:
-            return "with two text encoders it holds one token a file"
         strange = [
             word for word in state.tokens if word in _ROOTS or _aside(word) or not _PLAIN.fullmatch(word)
         ]
@@ -113,14 +117,17 @@ class Embedding:
         """See `Codec.encode`."""
         if self.obstacle(state) is not None:
             raise cannot_represent(self, state)
-        tensors = {}
-        for word, token in state.tokens.items():
-            if set(token.vectors) == {"text_encoder"}:
-                tensors[word] = token.vectors["text_encoder"]
-            else:
-                tensors |= {_WRITTEN[root]: tensor for root, tensor in token.vectors.items()}
         header = to_header(state.metadata, {})
-        return TensorFile(tensors, header | {TOKENS: compact(sizes(state.tokens))})
+        return TensorFile(_named(state.tokens), header | {TOKENS: compact(sizes(state.tokens))})
+
+
+def _named(tokens: Mapping[str, TokenState]) -> dict[str, Tensor]:
+    """The vectors by the names that they are written under."""
+    if all(set(token.vectors) == {"text_encoder"} for token in tokens.values()):
+        return {word: token.vectors["text_encoder"] for word, token in tokens.items()}
+    if len(tokens) > 1:
+        return token_tensors(tokens)
+    return {_WRITTEN[root]: tensor for token in tokens.values() for root, tensor in token.vectors.items()}
 
 
 def one_by_one(tokens: Mapping[str, TokenState]) -> dict[str, AdapterState]:

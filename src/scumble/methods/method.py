@@ -146,8 +146,9 @@ class Method(Protocol):
     """Whether a run must say which pictures it trains on."""
     trains_text: bool
     """Whether the text's embeddings change while it trains, whatever the targets are: they are not cached then."""
-    # A method may have `trains_layers = False`: [adapter] has no effect then; and `file_name: str`, what its result is
-    # called in a run's folder, where that is not what diffusers calls a LoRA.
+    # A method may have `trains_layers = False`: [adapter] has no effect then; `takes_objective = False`: it has a loss
+    # and noise levels of its own, and [train.objective] has no effect; and `file_name: str`, what its result is called
+    # in a run's folder, where that is not what diffusers calls a LoRA.
 
     def plan(self, ingredients: Ingredients) -> Plan:
         """Inject what trains, and say what to do with it.

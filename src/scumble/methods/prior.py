@@ -213,7 +213,9 @@ def _unusable(shown: DataSettings) -> Iterable[Problem]:
             yield replace(problem, key=str(Path(shown.images, problem.key)))
 
 
-def too_long(place: str, prompt: str | None, words: Sequence[Words]) -> Iterable[Problem]:
+def too_long(
+    place: str, prompt: str | None, words: Sequence[Words], *, error: bool = True
+) -> Iterable[Problem]:
     """A prompt that the base would not read to the end, with what is cut off. `place`: the setting's name."""
     cut = [lost for one in words for lost in one.truncated([prompt] if prompt else [])]
     if cut:
@@ -222,7 +224,7 @@ def too_long(place: str, prompt: str | None, words: Sequence[Words]) -> Iterable
             f"has {worst.tokens} tokens and the base reads {worst.limit}. This would be cut off: {worst.lost!r}. "
             "Shorten the prompt."
         )
-        yield Problem("long prompt", place, text)
+        yield Problem("long prompt", place, text, error=error)
 
 
 def class_data(options: PriorSettings, data: DataSettings, folder: Path | str) -> DataSettings:

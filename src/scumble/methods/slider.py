@@ -16,21 +16,28 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from scumble.adapters.adapter import Adapter
+from scumble.data.problems import Problem
 from scumble.data.record import Batch
 from scumble.errors import ConfigError
 from scumble.methods.method import Ingredients
 from scumble.methods.parts import injected, planned, trainables
+from scumble.methods.prior import too_long
 from scumble.models.family import BaseModel, Conditioning, Frame
+from scumble.models.text import Words
 from scumble.rng import Streams
 from scumble.settings import Settings
 from scumble.training.plan import Phase, Plan
 from scumble.training.tensors import sent
+
+if TYPE_CHECKING:
+    from scumble.data.settings import DataSettings
 
 TOGETHER = 4
 """Paths made in one pass. A path's numbers must not depend on who asks for it first, so the groups are fixed."""
@@ -70,14 +77,20 @@ class SliderSettings(Settings):
                 f"{' and '.join(absent)} not set: a slider needs three prompts, e.g. "
                 'positive = "a big fox", negative = "a small fox", neutral = "a fox"'
             )
-        if self.positive == self.negative:
-            raise ValueError(
-                f'positive and negative are both "{self.positive}": there is no difference to learn. '
-                "Say what more strength should show, and what less."
-            )
         if any("{}" in text for text in said.values()) and not self.preserve:
             raise ValueError('{} stands for the words of preserve, which is empty. Fill it, or remove "{}"')
+        for _, positive, negative in self.variants():
+            if positive == negative:
+                put = " with the words of preserve" if self.preserve else ""
+                raise ValueError(
+                    f'positive and negative are both "{positive}"{put}: there is no difference to learn. '
+                    "Say what more strength should show, and what less."
+                )
         return self
+
+    def variants(self) -> list[tuple[str, str, str]]:
+        """(neutral, positive, negative), once for each of the words to preserve."""
+        return [self.prompts(path) for path in range(max(1, len(self.preserve)))]
 
     def prompts(self, path: int) -> tuple[str, str, str]:
         """(neutral, positive, negative) of a path; paths take the words to preserve in turn."""
@@ -311,6 +324,14 @@ class Slider:
     settings = SliderSettings
     needs_pictures = False
     trains_text = False
+    takes_objective = False
+
+    def check(
+        self, options: Settings, data: DataSettings | None, words: Sequence[Words]
+    ) -> Sequence[Problem]:
+        """See `method.Checks`."""
+        assert isinstance(options, SliderSettings)
+        return [problem for said in options.variants() for problem in _unheard(said, words)]
 
     def plan(self, ingredients: Ingredients) -> Plan:
         """See `Method`."""
@@ -337,6 +358,19 @@ class Slider:
             schedule=train.schedule,
         )
         return planned(ingredients, adapter, [phase], {"method": self.name, "noisy latents": paths.samples})
+
+
+def _unheard(said: tuple[str, str, str], words: Sequence[Words]) -> Iterator[Problem]:
+    """What of (neutral, positive, negative) the base does not read, and a pair that is one to it."""
+    for name, prompt in zip(("neutral", "positive", "negative"), said, strict=True):
+        yield from too_long(f"slider.{name}", prompt, words, error=False)
+    _, positive, negative = said
+    if words and all(one.alike(positive, negative) for one in words):
+        text = (
+            f"{positive[:80]!r} and negative {negative[:80]!r} are the same tokens for the base, as far as it reads "
+            "them: there is no difference to learn. Shorten them, or say what tells them apart."
+        )
+        yield Problem("no difference", "slider.positive", text)
 
 
 slider = Slider()

@@ -67,6 +67,11 @@ class Words:
             if len(ids) > self.limit
         ]
 
+    def alike(self, one: str, other: str) -> bool:
+        """Whether both prompts are the same tokens as far as they are read."""
+        first, second = (ids[: self.limit - 1] for ids in self._full([one, other]))
+        return first == second
+
     def _full(self, prompts: Sequence[str]) -> list[list[int]]:
         if not prompts:
             return []

@@ -14,7 +14,7 @@ from torch import nn
 from scumble.adapters.targets import named, resolve
 from scumble.data.check import DataReport, check
 from scumble.data.loader import Loader, no_progress, still_batches
-from scumble.data.problems import raise_all
+from scumble.data.problems import Problem
 from scumble.data.settings import DataSettings
 from scumble.data.sources import open_dataset
 from scumble.data.split import split
@@ -35,7 +35,7 @@ from scumble.models.shortage import telling
 from scumble.models.text import Words
 from scumble.rng import Streams
 from scumble.runs.arithmetic import batches_per_epoch, epochs_of, steps_for_epochs
-from scumble.runs.config import RunConfig, section
+from scumble.runs.config import RunConfig
 from scumble.runs.drawn import Announce, Artist
 from scumble.runs.folder import PREVIEWS
 from scumble.training.plan import Plan
@@ -72,12 +72,15 @@ class Built:
     """What was assumed of the base and the data, each as a sentence."""
 
 
-def check_data(config: RunConfig, *, progress: Progress = no_progress) -> tuple[BaseFacts, DataReport | None]:
-    """The base's configuration and every picture and caption (None without pictures), looked at before a model is
+def check_data(
+    config: RunConfig, *, progress: Progress = no_progress
+) -> tuple[BaseFacts, DataReport | None, tuple[Problem, ...]]:
+    """The base's configuration, every picture and caption (None without pictures) and all warnings, before a model is
     loaded.
 
     Raises:
         ModelError: there is no such base, or it can't be trained.
+        ConfigError: the method's settings, which need no pictures, teach this base nothing.
         DataError: pictures or captions can't be trained on; all of them are listed.
     """
     facts = describe_base(config.base, revision=config.revision, variant=config.variant, rest=config.rest)
@@ -91,8 +94,10 @@ def check_data(config: RunConfig, *, progress: Progress = no_progress) -> tuple[
     data = config.pictures
     own = method.check(config.options, data, words) if isinstance(method, Checks) else ()
     if data is None:
-        raise_all(own, f"[{section(config.method)}]")
-        return facts, None
+        errors = [str(problem) for problem in own if problem.error]
+        if errors:
+            raise ConfigError("\n".join(errors))
+        return facts, None, tuple(own)
     report = check(
         data,
         resolution=facts.resolution or 512,
@@ -106,7 +111,7 @@ def check_data(config: RunConfig, *, progress: Progress = no_progress) -> tuple[
     )
     report = dataclasses.replace(report, problems=(*own, *report.problems))
     report.raise_if_errors()
-    return facts, report
+    return facts, report, report.warnings
 
 
 def build(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -187,6 +189,17 @@ class _Common(Settings):
         return self
 
     @model_validator(mode="after")
+    def _no_objective_where_the_method_has_its_own(self) -> _Common:
+        if not getattr(METHODS.get(self.method), "takes_objective", True):
+            changed = list(_changed(self.train.objective, "train.objective"))
+            if changed:
+                raise ValueError(
+                    f'method = "{self.method}" has a loss and noise levels of its own: {", ".join(changed)} would have '
+                    "no effect. Remove it."
+                )
+        return self
+
+    @model_validator(mode="after")
     def _every_setting_has_an_effect(self) -> _Common:
         if self.train.preview_every and not self.preview.prompts:
             raise ValueError(
@@ -201,6 +214,16 @@ class _Common(Settings):
         if not self.hub.push and (self.hub.id is not None or self.hub.private is not None):
             raise ValueError("hub.id and hub.private have no effect without hub.push = true.")
         return self
+
+
+def _changed(settings: Settings, place: str) -> Iterator[str]:
+    """The settings that are not at their default, each as "place.name = value"."""
+    for name, field in type(settings).model_fields.items():
+        item = getattr(settings, name)
+        if isinstance(item, Settings):
+            yield from _changed(item, f"{place}.{name}")
+        elif item != field.get_default(call_default_factory=True):
+            yield f"{place}.{name} = {json.dumps(item)}"
 
 
 def section(method: str) -> str:

@@ -84,8 +84,9 @@ def plan(
         ScumbleError: what is wrong with settings, base or data; a run that doesn't fit is told, not raised.
     """
     asked = resolve_config(config, overrides, settings)
-    _, report = check_data(asked, progress=progress)
-    forecast, planned, notes, found = None, dict[str, object](), list[str](), list[Way]()
+    _, report, warnings = check_data(asked, progress=progress)
+    forecast, planned, found = None, dict[str, object](), list[Way]()
+    notes = [str(problem) for problem in warnings] if report is None else []
     try:
         forecaster, forecast = predicted(asked, report)
         planned = dict(forecaster.rehearsal().plan.facts)

@@ -125,9 +125,12 @@ def train(
                 from scumble.runs.build import check_data
 
                 with progress("checking", quiet) as told:
-                    _, report = check_data(config, progress=told)
+                    _, report, warnings = check_data(config, progress=told)
                 if report is not None:
                     say_data(report, say)
+                else:
+                    for problem in warnings:
+                        say(f"warning: {problem}")
             settled = within_memory(config, report, say) if main else None
             config = recomputing(config, processes.gather(settled)[0])
             accelerator.wait_for_everyone()

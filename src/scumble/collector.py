@@ -22,6 +22,7 @@ def start_up() -> Iterator[None]:
         if _starting:
             _starting = False
             gc.enable()
+        gc.unfreeze()  # at its end the interpreter takes things apart in an order: threads before what they use
 
 
 def started() -> None:

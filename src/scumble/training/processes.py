@@ -8,6 +8,7 @@ process 0 may draw previews for an hour while the others wait.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import signal
@@ -88,6 +89,7 @@ class Processes:
     def __enter__(self) -> Self:
         if self.count == 1:
             return self
+        atexit.register(_part)
         self.members = self.gather(Member.here(self.rank))
         self._store = self._open()
         self._store.set(f"beat/{self.rank}", "0")
@@ -278,6 +280,14 @@ class Processes:
     def _roused(self, number: int, frame: FrameType | None) -> None:
         if not self._ending and self._lost is not None:
             raise self._lost
+
+
+def _part() -> None:
+    """End the process group while the interpreter is whole: its threads, met later, would abort the process."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _from_outside(error: BaseException) -> bool:

@@ -131,7 +131,6 @@ def load_adapter(
     roots = roots_of(pipeline)
     there = places(roots, norms=True)
     _refuse_peft(there)
-    _refuse_fused(there)
     names = _names(name, paths, there)
     if not paths or len({len(paths), len(strengths), len(names)}) != 1:
         raise AdapterError(
@@ -142,6 +141,8 @@ def load_adapter(
     done: list[Attached] = []
     # everything that can be wrong with files is found before the first layer is touched
     read_in = [read_checked(where, shapes, allow_partial, pipeline, roots) for where in paths]
+    for found, _, _ in read_in:
+        _refuse_fused({path: there[path] for path in found.state.layers})
     try:
         for (found, match, notes), how_much, called in zip(read_in, strengths, names, strict=True):
             words = vocabularies_of(pipeline)

@@ -22,7 +22,6 @@ def start_up() -> Iterator[None]:
         if _starting:
             _starting = False
             gc.enable()
-        gc.unfreeze()  # at its end the interpreter takes things apart in an order: threads before what they use
 
 
 def started() -> None:
@@ -33,6 +32,12 @@ def started() -> None:
         _starting = False
         gc.freeze()
         gc.enable()
+
+
+def ending() -> None:
+    """Give back what `started` set aside, so that the interpreter takes everything apart at its end, in its order. It
+    looks through all of it once more for that, which takes a second: for processes that hold others' threads."""
+    gc.unfreeze()
 
 
 @contextmanager

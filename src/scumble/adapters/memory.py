@@ -62,11 +62,8 @@ def roomy(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def like(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Tensors of these shapes, dtypes and devices that nobody set, side by side in one memory for each kind, each at a
     multiple of 64 bytes."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = defaultdict(list)
-    for index, tensor in enumerate(tensors):
-        kinds[tensor.dtype, tensor.device].append(index)
     made = list(tensors)
-    for (dtype, device), members in kinds.items():
+    for (dtype, device), members in _kinds(tensors).items():
         step = 64 // dtype.itemsize
         sizes = [-(-tensors[index].numel() // step) * step for index in members]
         pieces = roomy(sum(sizes), dtype, device).split(sizes)
@@ -80,16 +77,21 @@ def packed(tensors: Sequence[Tensor]) -> list[Tensor]:
     aligned, without gradients."""
     import torch
 
-    kinds: dict[object, list[int]] = defaultdict(list)
-    for index, tensor in enumerate(tensors):
-        kinds[tensor.dtype, tensor.device].append(index)
     copies = list(tensors)
-    for members in kinds.values():
+    for members in _kinds(tensors).values():
         flat = torch.cat([tensors[index].detach().reshape(-1) for index in members]).to("cpu")
         pieces = flat.split([tensors[index].numel() for index in members])
         for index, piece in zip(members, pieces, strict=True):
             copies[index] = piece.view(tensors[index].shape)
     return copies
+
+
+def _kinds(tensors: Sequence[Tensor]) -> dict[tuple[torch.dtype, torch.device], list[int]]:
+    """Which of them may lie in one memory."""
+    kinds = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        kinds[tensor.dtype, tensor.device].append(index)
+    return kinds
 
 
 def _flat(neighbours: Sequence[Tensor]) -> Tensor:

@@ -21,6 +21,7 @@ from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from scumble.collector import ending
 from scumble.errors import ProcessLost, ScumbleError
 from scumble.training.members import End, Member
 
@@ -286,6 +287,7 @@ def _part() -> None:
     """End the process group while the interpreter is whole: its threads, met later, would abort the process."""
     import torch.distributed as dist
 
+    ending()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 

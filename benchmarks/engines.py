@@ -27,10 +27,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from machine import machine
 from torch import Tensor, nn
-from training_step import DTYPES, RESULTS, build, synchronize, twin
+from training_step import DTYPES, RESULTS, as_in_a_base, build, synchronize, twin
 
 from scumble.adapters import Adapter, LoraSettings
-from scumble.models.attention import set_attention
 from scumble.models.unet import UNetBase
 from scumble.training.engine import ENGINES, Engine, Work
 from scumble.training.numerics import make_accelerator
@@ -96,7 +95,7 @@ class Arm:
 
     def __init__(self, name: str, unet: UNet2DConditionModel, rank: int) -> None:
         self.name, self.unet = name, unet
-        set_attention(unet, "auto")
+        as_in_a_base(unet)
         self.adapter: Adapter
         self.engine: Engine | None = None
         self.inject(rank)

@@ -5,7 +5,8 @@ take turns, so that whatever else the machine does falls on all alike. What is c
 repetition.
 
     floor     frozen forward, backward to a leaf at the first attn1: what any adapter there must pay
-    scumble   rank 4 on the attention layers: forward, backward, optimizer; with its choice of attention kernels
+    scumble   rank 4 on the attention layers: forward, backward, optimizer; over the UNet as it is in scumble's bases:
+              with its choice of attention kernels, and weights in the order of the CPU's
     peft      the same layers with peft
 
     python benchmarks/training_step.py --dtype bf16 --size 64 --repeats 7
@@ -33,6 +34,7 @@ from machine import machine
 
 from scumble.adapters import Adapter, LoraSettings
 from scumble.models.attention import set_attention
+from scumble.models.prepacked import prepack
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,7 +95,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--warmup", type=int, default=2, help="turns that are not counted")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, help="the JSON file; default in benchmarks/results/")
     return parser.parse_args()
@@ -136,10 +138,16 @@ def floor_step(unet: UNet2DConditionModel, loss: Loss) -> Step:
 
 
 def scumble_step(unet: UNet2DConditionModel, loss: Loss, rank: int) -> Step:
-    """A whole optimizer step with scumble's LoRA, and the attention that scumble gives its bases."""
-    set_attention(unet, "auto")
+    """A whole optimizer step with scumble's LoRA."""
+    as_in_a_base(unet)
     adapter = Adapter.inject({"unet": unet}, "attention", LoraSettings(rank=rank))
     return optimizing(unet, loss, list(adapter.parameters()))
+
+
+def as_in_a_base(unet: UNet2DConditionModel) -> None:
+    """What scumble does with the UNet of a base that it loads."""
+    set_attention(unet, "auto")
+    prepack(unet)
 
 
 def peft_step(unet: UNet2DConditionModel, loss: Loss, rank: int) -> Step:

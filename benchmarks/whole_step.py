@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler
 from machine import machine
-from training_step import DTYPES, RESULTS, build, measure, twin
+from training_step import DTYPES, RESULTS, as_in_a_base, build, measure, twin
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from scumble.adapters import Adapter, LoraSettings
@@ -74,6 +74,7 @@ def main() -> None:
         their_optimizer.zero_grad()
 
     ours = twin(unet)
+    as_in_a_base(ours)
     adapter = Adapter.inject({"unet": ours}, "attention", LoraSettings(rank=4))
     our_parameters = list(adapter.parameters())
     our_optimizer = torch.optim.AdamW(our_parameters, 1e-4, fused=True)
@@ -88,7 +89,7 @@ def main() -> None:
         our_optimizer.step()
         our_optimizer.zero_grad()
 
-    seconds = measure({"script": script, "scumble": scumble}, options.repeats, 1, device)
+    seconds = measure({"script": script, "scumble": scumble}, options.repeats, 2, device)
     ratios = [a / b for a, b in zip(seconds["script"], seconds["scumble"], strict=True)]
     middle = statistics.median(ratios)
     print(

@@ -222,12 +222,13 @@ def _part_line(
 
 def _free_memory() -> tuple[int, str]:
     """(bytes, where) of the device that a base would be loaded to."""
-    import psutil
     import torch
+
+    from scumble.models.heap import free_memory
 
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info(0)[0], "on the GPU"
-    return psutil.virtual_memory().available, "in memory"
+    return free_memory(), "in memory"
 
 
 def _python() -> Iterator[Line]:

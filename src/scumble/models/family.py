@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from scumble.adapters.delta import Delta
 from scumble.adapters.tokens import TokenTable
 from scumble.errors import ModelError
+from scumble.models.prepacked import forget
 from scumble.models.recompute import blocks_of, recompute, selected
 
 if TYPE_CHECKING:
@@ -300,6 +301,8 @@ class BaseModel(ABC):
         self.release()
         if self.offloaded is not None:
             self.offloaded.discard()
+        for root in self.roots.values():
+            forget(root)
         modules = [part for module in self.modules().values() for part in module.modules()]
         kept = {p for part in modules if isinstance(part, Delta | TokenTable) for p in part.parameters()}
         for part in modules:

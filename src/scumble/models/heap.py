@@ -1,4 +1,4 @@
-"""Heap: memory that was freed, given back to the system.
+"""Heap: memory that was freed, given back to the system; and how much is free there.
 
 glibc keeps freed memory for the next request. Between the stages of a run, whose tensors differ in size, that is
 memory that nobody uses: after a base is loaded, before a second one is. And where a few small tensors stay among many
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 M_MMAP_THRESHOLD = -3
@@ -22,6 +23,8 @@ MAPPED = 256 * 2**10
 """That size while memory is scarce."""
 LARGEST = 32 * 2**20
 """What glibc raises it to by itself, at most."""
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux says what a container may take (version 2)."""
 
 
 def give_back() -> None:
@@ -44,6 +47,18 @@ def tight(on: bool) -> Iterator[None]:
     finally:
         if library is not None:
             library.mallopt(M_MMAP_THRESHOLD, LARGEST)
+
+
+def free_memory() -> int:
+    """Bytes of main memory that are free, or can be made so; within a container, at most what its limit leaves."""
+    import psutil
+
+    free: int = psutil.virtual_memory().available
+    try:
+        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
 
 
 @cache

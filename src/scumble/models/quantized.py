@@ -21,6 +21,7 @@ from torch.nn.grad import conv2d_input
 from scumble.adapters.operate import Held, compute_dtype
 from scumble.errors import ModelError
 from scumble.models.codes import Code, code_named
+from scumble.models.prepacked import Prepacked, unpack
 
 SMALLEST = 4096
 """Layers with fewer weights stay as they are."""
@@ -126,6 +127,7 @@ def hold(module: nn.Module, path: str, code: Code, weight: Tensor, dtype: torch.
     layer = owner._modules[name]
     kind: type[Quantized] = QuantizedLinear if isinstance(layer, nn.Linear) else QuantizedConv2d
     assert layer is not None
+    unpack(layer)
     owner._modules[name] = kind.of(layer, code, weight, dtype)
 
 
@@ -181,8 +183,8 @@ def nothing_to_hold(kind: str, quantization: str) -> str:
 
 def _is_plain(layer: nn.Module) -> bool:
     """Whether this is torch's own layer, of which all is known."""
-    if type(layer) is nn.Conv2d:
-        known = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    if type(layer) in (nn.Conv2d, Prepacked):
+        known = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)  # type: ignore[union-attr]
     else:
         known = type(layer) is nn.Linear
     return known and layer.weight.numel() >= SMALLEST  # type: ignore[operator, union-attr]

@@ -30,12 +30,13 @@ from scumble.models.heap import give_back
 from scumble.models.loading import describe_base, load_base, load_tokenizers
 from scumble.models.offload import refuse_offload
 from scumble.models.precision import check_precision, dtype_called, dtype_named, find_device
+from scumble.models.prepacked import spare
 from scumble.models.probe import check_prediction
 from scumble.models.shortage import telling
 from scumble.models.text import Words
 from scumble.rng import Streams
 from scumble.runs.arithmetic import batches_per_epoch, epochs_of, steps_for_epochs
-from scumble.runs.config import RunConfig
+from scumble.runs.config import RunConfig, is_tight
 from scumble.runs.drawn import Announce, Artist
 from scumble.runs.folder import PREVIEWS
 from scumble.training.plan import Plan
@@ -136,7 +137,7 @@ def build(
 
     def load() -> BaseModel:
         with telling(f"{config.base} was loaded", _LOADED_SMALLER):
-            return load_base(
+            base = load_base(
                 config.base,
                 dtype=dtype,
                 device=device,
@@ -148,6 +149,9 @@ def build(
                 quantization=config.train.quantization,
                 offload=config.train.offload,
             )
+        if is_tight(config):
+            spare(base.denoiser)
+        return base
 
     base = load()
     check_prediction(base)

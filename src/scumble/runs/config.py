@@ -256,3 +256,9 @@ else:
         __cls_kwargs__={"use_attribute_docstrings": False},  # it has no source to search for them
         **_sections(),
     )
+
+
+def is_tight(config: RunConfig, recomputed: bool | tuple[str, ...] | str | None = None) -> bool:
+    """Whether the run is told to save memory: what is freed is given back at once, and nothing is kept twice."""
+    blocks = config.train.gradient_checkpointing if recomputed is None else recomputed
+    return bool(blocks) or config.train.memory_budget is not None

@@ -19,7 +19,8 @@ from scumble.models.ghost import size_of
 from scumble.models.ledger import Held
 from scumble.models.loading import Look, look_at
 from scumble.models.precision import find_device
-from scumble.runs.config import RunConfig
+from scumble.models.prepacked import is_ample, size_packed
+from scumble.runs.config import RunConfig, is_tight
 from scumble.runs.rehearsal import Rehearsal, Size
 
 GIB = 2**30
@@ -140,12 +141,6 @@ class Around:
         return Around(NARROW_KERNELS if narrow else KERNELS, 0.05 if tight else 0.15, 1.5)
 
 
-def is_tight(config: RunConfig, recomputed: bool | tuple[str, ...] | str | None = None) -> bool:
-    """Whether the run has its memory given back as it is freed: where it is told to save some."""
-    blocks = config.train.gradient_checkpointing if recomputed is None else recomputed
-    return bool(blocks) or config.train.memory_budget is not None
-
-
 def budget_of(config: RunConfig, device: torch.device) -> int | None:
     """Bytes that the run may take: as it is told, else what is free on a GPU; None on a CPU."""
     if config.train.memory_budget is not None:
@@ -221,7 +216,7 @@ class Forecaster:
         blocks: bool | tuple[str, ...] = setting if isinstance(setting, bool) else tuple(setting)
         play = self.rehearsal(config)
         steps = [(phase, play.step(phase, blocks)) for phase in play.plan.phases]
-        scene = _Scene(config, play, self._around(config, play, blocks), self._kept(play))
+        scene = self._scene(config, play, blocks)
         moments = [scene.loading(), scene.asked()]
         moments += [] if config.pictures is None else [scene.encoding()]
         moments += scene.class_pictures()
@@ -245,14 +240,18 @@ class Forecaster:
         play, budget = self.rehearsal(config), budget_of(config, self.device)
         blocks = config.train.gradient_checkpointing
         assert not isinstance(blocks, str)
-        scene = _Scene(config, play, self._around(config, play, blocks), self._kept(play))
+        scene = self._scene(config, play, blocks)
         return budget is None or all(
             scene.training(TRAINING, phase, play.step(phase, blocks)).total <= budget
             for phase in play.plan.phases
         )
 
-    def _around(self, config: RunConfig, play: Rehearsal, blocks: bool | tuple[str, ...]) -> Around:
-        return Around.on(self.device, play.base.dtype, tight=is_tight(config, blocks))
+    def _scene(self, config: RunConfig, play: Rehearsal, blocks: bool | tuple[str, ...]) -> _Scene:
+        tight = is_tight(config, blocks)
+        around = Around.on(self.device, play.base.dtype, tight=tight)
+        both = size_packed(play.base.denoiser)
+        packs = self.device.type == "cpu" and not tight and is_ample(both, after=play.ghost.resident)
+        return _Scene(config, play, around, self._kept(play), packs)
 
     def _kept(self, play: Rehearsal) -> int:
         """Bytes of latents and embeddings that are kept in this process' memory."""
@@ -266,8 +265,11 @@ class Forecaster:
 class _Scene:
     """The moments of one run."""
 
-    def __init__(self, config: RunConfig, play: Rehearsal, around: Around, kept: int) -> None:
-        self._config, self._play, self._around, self._kept = config, play, around, kept
+    def __init__(
+        self, config: RunConfig, play: Rehearsal, around: Around, kept: int, packs: bool = False
+    ) -> None:
+        """`packs`: weights of convolutions are also kept in blocks (see `models.prepacked`)."""
+        self._config, self._play, self._around, self._kept, self._packs = config, play, around, kept, packs
         self._on_host = play.device.type == "cpu"
         trained = play.trained_bytes()
         self._trained = [Share("what trains", trained)]
@@ -312,7 +314,7 @@ class _Scene:
             return []
         count = min(options.class_batch, options.class_count or CLASS_COUNT)
         guided = (options.class_guidance or self._play.base.usual_guidance) > 1
-        return [self._drawn("class pictures", count, guided, self._weights(reading=True))]
+        return [self._drawn("class pictures", count, guided, self._weights(reading=True, packed=1))]
 
     def training(self, name: str, phase: object, held: Held) -> Moment:
         """A step at the largest size."""
@@ -320,7 +322,7 @@ class _Scene:
         moving = play.trained_bytes(phase)  # type: ignore[arg-type]
         remembered, passing = play.state_bytes
         shares = [
-            *self._weights(training=True),
+            *self._weights(training=True, packed=2),
             *self._trained,
             Share("gradients", moving),
             Share("optimizer", int(moving * (remembered + passing))),
@@ -336,9 +338,16 @@ class _Scene:
         beside = [*self._trained, Share("gradients", trained), Share("optimizer", int(trained * remembered))]
         if config.train.held_out_every and config.data and config.data.held_out:
             held = play.answering(config.train.batch, play.size)
-            found.append(self._moment("held-out loss", [*self._weights(training=True), *beside], held))
+            found.append(
+                self._moment("held-out loss", [*self._weights(training=True, packed=2), *beside], held)
+            )
         if config.preview.prompts:
-            shares = [*self._weights(reading=True), *beside, Share("the file's adapter", 2 * trained)]
+            # both directions are still there from training
+            shares = [
+                *self._weights(reading=True, packed=2),
+                *beside,
+                Share("the file's adapter", 2 * trained),
+            ]
             found.append(self._drawn("previews", 1, self._guided, shares))
         return found
 
@@ -363,7 +372,7 @@ class _Scene:
         play = self._play
         trained = play.trained_bytes()
         side = (play.base.latent_side(PROOF_SIDE) * play.base.latent_factor,) * 2
-        shares = [*self._weights(), *self._trained, Share("the file's adapter", 3 * trained)]
+        shares = [*self._weights(packed=1), *self._trained, Share("the file's adapter", 3 * trained)]
         return self._moment("proof", shares, play.answering(len(PROOF_LEVELS), side))
 
     def _drawn(self, name: str, count: int, guided: bool, shares: Sequence[Share]) -> Moment:
@@ -372,9 +381,10 @@ class _Scene:
         both = [play.answering(rows, play.size), play.decoding(count, play.size)]
         return self._moment(name, shares, max(both, key=lambda held: held.peak))
 
-    def _weights(self, *, reading: bool = False, training: bool = False) -> list[Share]:
+    def _weights(self, *, reading: bool = False, training: bool = False, packed: int = 0) -> list[Share]:
         """Of what is resident. What is cached rests in training: the image encoder, and text encoders that nobody asks;
-        what is there only while prompts are read is there for `reading`."""
+        what is there only while prompts are read is there for `reading`. Where the denoiser computes again and again,
+        weights are also in the order of its kernels: for none, one or both directions (`packed`)."""
         play, config = self._play, self._config
         ghost, sizes = play.ghost, dict(play.ghost.sizes)
         denoiser = next(iter(play.base.roots))
@@ -389,7 +399,11 @@ class _Scene:
             resting = not self._on_host or play.from_folder  # a file of all components is not read again
             away |= {"vae"} if resting and not (unbounded or play.base.shown_channels) else set()
             away |= set(sizes) - {denoiser, "vae"} if resting and play.cached else set()
-        return [Share(name, size) for name, size in sizes.items() if name not in away]
+        shares = [Share(name, size) for name, size in sizes.items() if name not in away]
+        if self._packs and packed:
+            size = size_packed(play.base.denoiser, directions=packed)
+            shares.append(Share(f"{denoiser} in the order of kernels", size))
+        return shares
 
     def _moment(self, name: str, shares: Sequence[Share], held: Held | None = None) -> Moment:
         around = self._around

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from scumble.errors import ConfigError, HubError, TrainingError
 from scumble.runs import hub
 from scumble.runs.card import CardFacts, write_card
-from scumble.runs.config import RunConfig
+from scumble.runs.config import RunConfig, is_tight
 from scumble.runs.folder import WORDS, Layout, RunFolder
 from scumble.runs.load import load
 from scumble.runs.toml import dump
@@ -96,7 +96,6 @@ def train(
     config = resolve_config(config, overrides, settings)
     from scumble.models.heap import tight
     from scumble.models.precision import find_device
-    from scumble.runs.forecast import is_tight
     from scumble.training.numerics import make_accelerator
     from scumble.training.processes import Processes
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 from scumble.models.heap import tight
 from scumble.models.precision import find_device
 from scumble.runs.build import build
-from scumble.runs.config import RunConfig
-from scumble.runs.forecast import is_tight
+from scumble.runs.config import RunConfig, is_tight
 from scumble.training.events import Event, StepDone
 from scumble.training.interrupt import Interrupt
 from scumble.training.loop import train

@@ -149,7 +149,7 @@ def build(
                 quantization=config.train.quantization,
                 offload=config.train.offload,
             )
-        if is_tight(config):
+        if is_tight(config) or together.count > 1:  # each of several would see the same free memory
             spare(base.denoiser)
         return base
 

@@ -29,7 +29,8 @@ from machine import machine
 from scumble.adapters.state import AdapterState, LayerState, Metadata
 from scumble.formats import write
 from scumble.formats.flat_names import original_name
-from scumble.formats.stream import LazyTensors, write_streamed
+from scumble.formats.stream import write_streamed
+from scumble.tensor_files.lazy_tensors import LazyTensors
 
 HERE = Path(__file__).parent
 LIMIT = 8 * 2**30

@@ -9,7 +9,7 @@
     ├── AdapterError           an adapter can't be injected, used or merged
     │   ├── NoLayerMatches     a target pattern matched nothing
     │   └── NoEffect           an adapter loaded and changed nothing
-    ├── FormatError            an adapter file can't be read or written
+    ├── FormatError            an adapter, or a file of tensors, can't be read or written
     │   ├── UnknownFormat      no codec claims the file, or two do
     │   ├── WrongBase          the file belongs to another family of base models
     │   ├── UnusedTensors      some tensors of the file match no layer of the base

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from scumble.errors import FormatError
 from scumble.formats.container import TensorFile, save
-from scumble.formats.stream import LazyTensors, rewrite, write_streamed
+from scumble.formats.stream import rewrite, write_streamed
+from scumble.tensor_files.lazy_tensors import LazyTensors
 
 TENSORS = {
     "a": torch.randn(5, 3),
@@ -31,9 +32,11 @@ def source(tmp_path: Path) -> Path:
 
 def test_tensors_come_one_by_one(source: Path) -> None:
     lazy = LazyTensors(source)
-    assert set(lazy) == set(TENSORS) and len(lazy) == 5 and lazy.metadata == {"format": "pt", "who": "ü"}
+    assert (
+        set(lazy) == set(TENSORS) and len(lazy) == 5 and lazy.header.metadata == {"format": "pt", "who": "ü"}
+    )
     for name, tensor in TENSORS.items():
-        assert torch.equal(lazy[name], tensor) and lazy.shape(name) == tuple(tensor.shape)
+        assert torch.equal(lazy[name], tensor) and lazy.header.shapes[name] == tuple(tensor.shape)
     with pytest.raises(KeyError):
         lazy["nowhere"]
 
@@ -45,14 +48,14 @@ def test_changed_tensors_change_and_the_rest_is_copied(source: Path, tmp_path: P
     expected = {**TENSORS, "b": TENSORS["b"] * 2, "one": TENSORS["one"] + 1}
     assert written.keys() == expected.keys() and sorted(told) == ["b", "one"]
     assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
-    assert LazyTensors(target).metadata == {"k": "v"}
+    assert LazyTensors(target).header.metadata == {"k": "v"}
     assert [p.name for p in target.parent.iterdir()] == [target.name]
 
 
 def test_nothing_changed_is_the_same_bytes(tmp_path: Path) -> None:
     source, target = tmp_path / "source.safetensors", tmp_path / "target.safetensors"
     save(TensorFile(TENSORS, {"format": "pt"}), source)
-    rewrite(source, target, {}, LazyTensors(source).metadata)
+    rewrite(source, target, {}, LazyTensors(source).header.metadata)
     assert target.read_bytes() == source.read_bytes()
 
 

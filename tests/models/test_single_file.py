@@ -199,11 +199,11 @@ def test_parts_that_the_file_lacks_are_named(files: dict[bool, Path], drop: str,
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid", "git-lfs pointer"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
         (b"<!DOCTYPE html><html></html>", "web page"),
         (b"\x80\x02}q\x00.", "pickle"),
         (b"", "0 bytes"),
-        (struct.pack("<Q", len(CUT_OFF)) + CUT_OFF + b"123", "cut off"),
+        (struct.pack("<Q", len(CUT_OFF)) + CUT_OFF + b"123", "cut short"),
     ],
 )  # fmt: skip
 def test_broken_files_are_named(tmp_path: Path, content: bytes, said: str) -> None:

@@ -15,7 +15,8 @@ from scumble.errors import ModelError, UnknownName
 from scumble.models import FAMILIES, load_base, loading, streaming
 from scumble.models.codes import CODES
 from scumble.models.quantized import Quantized, layers_held
-from scumble.models.streaming import Stored, stream
+from scumble.models.streaming import stream
+from scumble.tensor_files.lazy_tensors import LazyTensors
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
@@ -36,27 +37,6 @@ def answers(base: Any) -> Tensor:
     frame = Frame.plain(2, base.resolution, base.resolution)
     with torch.no_grad():
         return base.denoise(latents, torch.tensor([100, 700]), said, frame)
-
-
-def test_stored_tensors_are_those_of_the_file(folders: dict[str, Path]) -> None:
-    stored, theirs = Stored([folders["sd1"] / WEIGHTS]), load_file(folders["sd1"] / WEIGHTS)
-    assert set(stored) == set(theirs) and len(stored) == len(theirs)
-    for name, tensor in theirs.items():
-        assert torch.equal(stored[name], tensor) and stored.shapes[name] == tuple(tensor.shape)
-    stored.close()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool])
-def test_stored_tensors_of_every_kind(tmp_path: Path, dtype: torch.dtype) -> None:
-    tensors = {
-        "a": (torch.arange(6) - 2).to(dtype).view(2, 3),
-        "b": torch.ones((), dtype=dtype),
-        "c": torch.empty(0, 4),
-    }
-    save_file(tensors, tmp_path / "x.safetensors")
-    stored = Stored([tmp_path / "x.safetensors"])
-    assert all(torch.equal(stored[name], tensor) for name, tensor in tensors.items())
-    stored.close()
 
 
 def test_bf16_is_read_without_a_wide_copy(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,17 +62,17 @@ def test_bf16_is_read_without_a_wide_copy(folders: dict[str, Path], monkeypatch:
 def test_one_tensor_at_a_time_is_read(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     import weakref
 
-    read = Stored.__getitem__
+    read = LazyTensors.__getitem__
     alive: list[weakref.ref[Tensor]] = []
 
-    def watched(self: Stored, name: str) -> Tensor:
+    def watched(self: LazyTensors, name: str) -> Tensor:
         # the one before may wait in the reader's variable, none of those before that
         assert sum(each() is not None for each in alive) <= 1
         tensor = read(self, name)
         alive.append(weakref.ref(tensor))
         return tensor
 
-    monkeypatch.setattr(Stored, "__getitem__", watched)
+    monkeypatch.setattr(LazyTensors, "__getitem__", watched)
     load_base(folders["sd1"], dtype=torch.bfloat16, device="cpu", quantization="int8")
     assert len(alive) > 50
 
@@ -155,7 +135,7 @@ def test_what_is_missing_is_said_by_the_librarys_loader(folders: dict[str, Path]
 def test_an_unknown_quantization_is_refused_before_a_weight_is_read(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "Stored", None)
+    monkeypatch.setattr(streaming, "LazyTensors", None)
     with pytest.raises(UnknownName, match=r"int4.*Did you mean.*int8"):
         load_base(folders["sd1"], device="cpu", quantization="int4")
 

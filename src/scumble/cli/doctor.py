@@ -341,9 +341,11 @@ def _optional() -> Iterator[Line]:
 def _memory() -> Iterator[Line]:
     import psutil
 
-    memory = psutil.virtual_memory()
-    free = f"{_size(memory.available)} of {_size(memory.total)} free"
-    if memory.available < 2 * 2**30:
+    from scumble.models.heap import free_memory
+
+    available = free_memory()
+    free = f"{_size(available)} of {_size(psutil.virtual_memory().total)} free"
+    if available < 2 * 2**30:
         yield Line(
             "note", "memory", free, "close other programs; the picturebook trains in 2 GiB, SD 1.5 in 8 GiB"
         )

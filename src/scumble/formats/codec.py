@@ -44,8 +44,8 @@ from scumble.formats.pairs import NO_LAYER, Decoded, count, refuse_unsupported
 from scumble.formats.seal import sealed
 from scumble.formats.stored import Stored
 from scumble.formats.tables.bases import TITLES, WIDTHS, told_by
-from scumble.header_dtypes import word_of
 from scumble.registry import Registry
+from scumble.tensor_files.dtypes import word_of
 
 if TYPE_CHECKING:
     import torch

@@ -27,7 +27,9 @@ import numpy as np
 
 from scumble.errors import FormatError
 from scumble.formats.stored import Stored, bytes_of, code_of
-from scumble.header_dtypes import DTYPES, dtype_of
+from scumble.tensor_files.dtypes import DTYPES, dtype_of
+from scumble.tensor_files.header import Entry, Header, is_pickle, opened
+from scumble.tensor_files.header import parse as header_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,9 +56,6 @@ PEFT_NAME = "adapter_model.safetensors"
 
 PEFT_CONFIG = "adapter_config.json"
 """The file beside it that holds rank and alpha."""
-
-_Entry = tuple[str, tuple[int, ...], int, int]
-"""(dtype as headers call it, shape, first byte, last byte + 1), counted from the end of the header."""
 
 
 @dataclass(frozen=True)
@@ -215,9 +214,9 @@ def _gather(path: Path, read_one: Callable[[Path], TensorFile]) -> TensorFile:
 def _read_header(path: Path) -> TensorFile:
     if _is_pickle(path):
         return _without_values(_load(path))
-    with _open(path) as stream:
-        entries, metadata, _ = _parse(stream, path)
-    return TensorFile(_Shells(entries), metadata, path, _sidecars(path))
+    with opened(path) as stream:
+        header = parse(stream, path)
+    return TensorFile(_Shells(header.entries), header.metadata, path, _sidecars(path))
 
 
 def _load(
@@ -231,23 +230,22 @@ def _load(
         if look is not None:
             look(_without_values(file))
         return file
-    with _open(path) as stream:
-        entries, metadata, start = _parse(stream, path)
-        shells = TensorFile(_Shells(entries), metadata, path, _sidecars(path))
+    with opened(path) as stream:
+        header = parse(stream, path)
+        shells = TensorFile(_Shells(header.entries), header.metadata, path, _sidecars(path))
         if look is not None:
             look(shells)
-        size = max((end for _, _, _, end in entries.values()), default=0)
+        size = header.size
         content = np.empty(size, np.uint8) if stored else _aligned(size)
-        stream.seek(start)
         if stream.readinto(content) != size:  # type: ignore[attr-defined]
             raise FormatError(f"{path.name} was cut short while it was being read.")
-    return replace(shells, tensors=(_parts if stored else _views)(content, entries))
+    return replace(shells, tensors=(_parts if stored else _views)(content, header.entries))
 
 
 class _Shells(Mapping[str, "Tensor"]):
     """Tensors without values, each made when it is asked for: names alone tell most of a file."""
 
-    def __init__(self, entries: Mapping[str, _Entry]) -> None:
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
         self._entries = entries
 
     def __getitem__(self, name: str) -> Tensor:
@@ -273,7 +271,7 @@ def _aligned(size: int) -> np.ndarray[Any, Any]:
     return content
 
 
-def _parts(content: np.ndarray[Any, Any], entries: Mapping[str, _Entry]) -> dict[str, Tensor]:
+def _parts(content: np.ndarray[Any, Any], entries: Mapping[str, Entry]) -> dict[str, Tensor]:
     """The tensors that lie in `content`, as they are stored."""
     return {
         name: cast("Tensor", Stored(code, shape, content[begin:end]))
@@ -281,7 +279,7 @@ def _parts(content: np.ndarray[Any, Any], entries: Mapping[str, _Entry]) -> dict
     }
 
 
-def _views(numbers: np.ndarray[Any, Any], entries: Mapping[str, _Entry]) -> dict[str, Tensor]:
+def _views(numbers: np.ndarray[Any, Any], entries: Mapping[str, Entry]) -> dict[str, Tensor]:
     """The tensors that lie in `numbers`; copies where foreign writers put them at addresses that theirs can't have."""
     import torch
 
@@ -299,23 +297,11 @@ def _views(numbers: np.ndarray[Any, Any], entries: Mapping[str, _Entry]) -> dict
     return {name: found[name] for name in entries}
 
 
-def is_pickle(start: bytes) -> bool:
-    """Whether a file that begins with these 8 bytes is a pickle, or a zip as `torch.save` writes it.
-
-    A safetensors file begins with the length of its header, which may look like the first two bytes of either;
-    but read as such a length, theirs would be beyond any that is accepted.
-    """
-    if start[:4] == b"PK\x03\x04":
-        return True
-    protocol = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
-    return protocol and int.from_bytes(start[:8], "little") >= 2**24
-
-
 def _is_pickle(path: Path) -> bool:
     """By name and content: nothing that is called .safetensors is ever unpickled."""
     if path.suffix.lower() not in PICKLES:
         return False
-    with _open(path) as stream:
+    with opened(path) as stream:
         return is_pickle(stream.read(8))
 
 
@@ -324,7 +310,7 @@ def _sidecars(path: Path) -> dict[str, str]:
     config = path.with_name(PEFT_CONFIG)
     if path.stem != Path(PEFT_NAME).stem or not config.is_file():
         return {}
-    with _open(config) as stream:
+    with opened(config) as stream:
         content = stream.read(_CONFIG_LIMIT + 1)
     if len(content) > _CONFIG_LIMIT:
         raise FormatError(f"{config} is longer than {_CONFIG_LIMIT} bytes; no configuration of peft is.")
@@ -334,105 +320,24 @@ def _sidecars(path: Path) -> dict[str, str]:
         raise FormatError(f"{config} is not text: {error}.") from error
 
 
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise FormatError(f"Can't open {path}: {error.strerror or error}.") from error
+def parse(stream: BinaryIO, path: Path) -> Header:
+    """The header that `stream`, the open file at `path`, begins with, within the limits of an adapter.
 
-
-def _parse(stream: BinaryIO, path: Path) -> tuple[dict[str, _Entry], dict[str, str], int]:
-    """(entries by name, metadata, where the tensors' bytes start). Checks everything that a header can lie
-    about."""
-    name = path.name
-    size = os.fstat(stream.fileno()).st_size
-    if size == 0:
-        raise FormatError(f"{name} is empty (0 bytes). Download or copy it again.")
-    first = stream.read(8)
-    if is_pickle(first):
-        raise FormatError(
-            f"{name} is a pickle, which can run any program when it is opened, under the name of a safetensors "
-            "file; it was not opened. Ask for the real file."
-        )
-    if first.startswith((b"version", b"<!DOCTY", b"<html", b"<HTML")):
-        what = "a Git LFS pointer" if first.startswith(b"version") else "a web page"
-        raise FormatError(f"{name} is {what}, not the weights. Download the file itself.")
-    length = int.from_bytes(first, "little")
-    if len(first) < 8 or length < 2 or length > 2**62:
-        raise FormatError(f"{name} is not a safetensors file ({size} bytes, no valid header length).")
-    if length > size - 8:
-        raise FormatError(
-            f"{name} is cut short or not a safetensors file: its header claims {length} bytes, the file has "
-            f"{size}."
-        )
-    if length > HEADER_LIMIT:
-        raise FormatError(f"{name} has a header of {length} bytes; more than {HEADER_LIMIT} is refused.")
-    try:
-        header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(
-            f"{name} is not a safetensors file: its header is not valid JSON ({error})."
-        ) from error
-    if not isinstance(header, dict):
-        raise FormatError(f"{name} is not a safetensors file: its header is not a table.")
-    metadata = header.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise FormatError(f"{name} has metadata that is not text by name.")
-    if len(header) > TENSOR_LIMIT:
-        raise FormatError(f"{name} holds {len(header)} tensors; no adapter has more than {TENSOR_LIMIT}.")
-    entries = {tensor: _entry(tensor, entry, name) for tensor, entry in header.items()}
-    _check_tiling(entries, size - 8 - length, name)
-    return entries, metadata, 8 + length
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return table
-
-
-def _entry(tensor: str, entry: Any, file: str) -> _Entry:
-    if len(tensor) > NAME_LIMIT:
-        raise FormatError(f"{file}: a tensor's name is {len(tensor)} characters long, {tensor[:60]!r}...")
-    try:
-        code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        numbers = (*shape, begin, end)
-        whole = set(map(type, numbers)) == {int} and min(numbers) >= 0 and max(numbers) < 2**62
-    except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"{file}: the header entry of tensor {tensor!r} is malformed.") from error
-    if not whole or len(shape) > 8:
-        raise FormatError(f"{file}: tensor {tensor!r} has an impossible shape or position.")
-    if not isinstance(code, str) or code not in DTYPES:
-        raise FormatError(
-            f"{file}: tensor {tensor!r} has dtype {str(code)[:20]!r}. Known: {', '.join(DTYPES)}."
-        )
-    count = math.prod(shape)
-    if count == 0:
-        raise FormatError(f"{file}: tensor {tensor!r} is empty, shape {shape}.")
-    if count * DTYPES[code].itemsize != end - begin:
-        raise FormatError(
-            f"{file}: tensor {tensor!r} of shape {shape} and dtype {code} can't have {end - begin} bytes."
-        )
-    return code, shape, begin, end
-
-
-def _check_tiling(entries: Mapping[str, _Entry], available: int, file: str) -> None:
-    """Tensors must cover the bytes after the header once, without gaps."""
-    position = 0
-    for tensor, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2]):
-        if begin != position:
+    Raises:
+        FormatError: it is no sound safetensors file, or no adapter is like that.
+    """
+    file = path.name
+    header = header_of(stream, file, longest=HEADER_LIMIT, most=TENSOR_LIMIT)
+    for tensor, entry in header.entries.items():
+        if len(tensor) > NAME_LIMIT:
+            raise FormatError(f"{file}: a tensor's name is {len(tensor)} characters long, {tensor[:60]!r}...")
+        if entry.code not in DTYPES:
             raise FormatError(
-                f"{file}: tensor {tensor!r} begins at byte {begin}, expected {position}: corrupt header."
+                f"{file}: tensor {tensor!r} has dtype {entry.code[:20]!r}. Known: {', '.join(DTYPES)}."
             )
-        position = end
-    if position > available:
-        raise FormatError(f"{file} is cut short: its tensors need {position} bytes, {available} are there.")
-    if position < available:
-        raise FormatError(
-            f"{file} has {available - position} bytes that belong to no tensor: corrupt, or not finished."
-        )
+        if 0 in entry.shape:
+            raise FormatError(f"{file}: tensor {tensor!r} is empty, shape {entry.shape}.")
+    return header
 
 
 def to_bytes(file: TensorFile) -> bytes:

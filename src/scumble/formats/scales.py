@@ -10,7 +10,7 @@ from scumble.errors import FormatError
 from scumble.formats.container import TensorFile
 from scumble.formats.metadata import LAYERS, LayerFacts, layer_facts
 from scumble.formats.stored import code_of
-from scumble.header_dtypes import DTYPES
+from scumble.tensor_files.dtypes import DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from scumble.header_dtypes import DTYPES, code_for, dtype_of, word_of
+from scumble.tensor_files.dtypes import DTYPES, code_for, dtype_of, word_of
 
 if TYPE_CHECKING:
     import torch

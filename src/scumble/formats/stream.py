@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,67 +12,14 @@ import torch
 from torch import Tensor
 
 from scumble.errors import FormatError
-from scumble.formats.container import HEADER_LIMIT, _open, _parse, replacing
+from scumble.formats.container import HEADER_LIMIT, replacing
 from scumble.formats.stored import bytes_of, code_of
-from scumble.header_dtypes import code_for, dtype_of
+from scumble.tensor_files.dtypes import code_for
+from scumble.tensor_files.header import Entry
+from scumble.tensor_files.lazy_tensors import LazyTensors
 
 CHUNK = 16 * 2**20
 """Bytes copied at once."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where everything lies in a file."""
-
-    entries: Mapping[str, tuple[str, tuple[int, ...], int, int]]
-    """Tensor name -> (dtype as headers call it, shape, first byte, last byte + 1), bytes counted from `start`; in the
-    file's order."""
-    metadata: Mapping[str, str]
-    start: int
-    """Where the tensors' bytes begin."""
-
-
-def read_layout(path: Path) -> Layout:
-    """The header, with the places of all tensors. Reads no weights.
-
-    Raises:
-        FormatError: it is no sound safetensors file.
-    """
-    with _open(path) as stream:
-        return Layout(*_parse(stream, path))
-
-
-class LazyTensors(Mapping[str, Tensor]):
-    """A file's tensors by name, each read from disk when it is asked for, and kept by nobody."""
-
-    def __init__(self, path: Path) -> None:
-        """Reads the header only.
-
-        Raises:
-            FormatError: it is no sound safetensors file.
-        """
-        self.path = path
-        self.layout: Layout = read_layout(path)
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """The header's own entries."""
-        return self.layout.metadata
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, without reading it."""
-        return self.layout.entries[name][1]
-
-    def __getitem__(self, name: str) -> Tensor:
-        self.layout.entries[name]  # KeyError before the file is opened
-        with self.path.open("rb") as stream:
-            return _read(stream, self.path, self.layout, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layout.entries)
-
-    def __len__(self) -> int:
-        return len(self.layout.entries)
 
 
 def rewrite(
@@ -94,18 +40,19 @@ def rewrite(
     Raises:
         FormatError: `source` is no sound safetensors file, or the disk refuses.
     """
-    layout = read_layout(source)
-    unknown = changes.keys() - layout.entries.keys()
+    tensors = LazyTensors(source)
+    entries = tensors.header.entries
+    unknown = changes.keys() - entries.keys()
     assert not unknown, f"no tensors {sorted(unknown)[:3]} in {source}"
-    by_place = sorted(layout.entries, key=lambda name: layout.entries[name][2])
+    by_place = sorted(entries, key=lambda name: entries[name].begin)
     with source.open("rb") as old, replacing(target) as new:
-        new.write(_header(layout, metadata))
+        new.write(_header(entries, metadata))
         for name in by_place:
-            code, shape, begin, end = layout.entries[name]
+            code, shape, begin, end = entries[name]
             if name not in changes:
-                _copy(old, new, layout.start + begin, end - begin, source)
+                _copy(old, new, tensors.header.start + begin, end - begin, source)
                 continue
-            changed = changes[name](_read(old, source, layout, name))
+            changed = changes[name](tensors[name])
             assert code_of(changed) == code and tuple(changed.shape) == shape, name
             new.write(bytes_of(changed))
             if progress is not None:
@@ -127,41 +74,33 @@ def write_streamed(
     Raises:
         FormatError: the disk refuses, or the header grows too long.
     """
-    places, position = {}, 0
+    places: dict[str, Entry] = {}
+    position = 0
     # wide dtypes first, so that every tensor is aligned to its item size
     for name in sorted(entries, key=lambda name: (-entries[name][0].itemsize, name)):
         dtype, shape = entries[name]
         code, end = code_for(dtype), position + dtype.itemsize * math.prod(shape)
         assert code is not None, f"safetensors can't hold {dtype}"
-        places[name], position = (code, shape, position, end), end
+        places[name], position = Entry(code, shape, position, end), end
     with replacing(target) as new:
-        new.write(_header(Layout(places, metadata, 0), metadata))
+        new.write(_header(places, metadata))
         for name, (code, shape, _, _) in places.items():
             tensor = values(name)
             assert code_of(tensor) == code and tuple(tensor.shape) == shape, name
             new.write(bytes_of(tensor))
 
 
-def _header(layout: Layout, metadata: Mapping[str, str]) -> bytes:
+def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, Any] = {}
     if metadata:
         header["__metadata__"] = {key: metadata[key] for key in sorted(metadata)}
-    for name, (code, shape, begin, end) in layout.entries.items():
+    for name, (code, shape, begin, end) in entries.items():
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     if len(text) > HEADER_LIMIT:
         raise FormatError(f"The header would take {len(text)} bytes; at most {HEADER_LIMIT} are written.")
     return len(text).to_bytes(8, "little") + text
-
-
-def _read(stream: BinaryIO, path: Path, layout: Layout, name: str) -> Tensor:
-    code, shape, begin, end = layout.entries[name]
-    content = bytearray(end - begin)
-    stream.seek(layout.start + begin)
-    if stream.readinto(content) != len(content):  # type: ignore[attr-defined]
-        raise FormatError(f"{path.name} was cut short while it was being read, in tensor {name!r}.")
-    return torch.frombuffer(content, dtype=dtype_of(code)).view(shape)
 
 
 def _copy(old: BinaryIO, new: BinaryIO, start: int, count: int, path: Path) -> None:

@@ -32,11 +32,11 @@ from scumble.formats.container import PEFT_NAME, WEIGHTS_NAME
 from scumble.formats.inspection import is_idle
 from scumble.formats.keymap import ROOTS
 from scumble.formats.tables.bases import WIDTHS, told_by
-from scumble.header_dtypes import word_of
 from scumble.inference.provenance import Match, Used, compare
 from scumble.models.family import BaseModel, fingerprint
 from scumble.models.prediction import FLOW_SAMPLED, Flow
 from scumble.models.vocabulary import Vocabulary, spelled, vocabulary_of
+from scumble.tensor_files.dtypes import word_of
 
 _KEY = "_scumble_attached"
 _UNNAMED = (Path(WEIGHTS_NAME).stem, Path(PEFT_NAME).stem)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from scumble.adapters import Adapter
 from scumble.adapters.layers import places
 from scumble.errors import AdapterError, ModelError, OutOfMemory, PrecisionError
-from scumble.header_dtypes import word_of
 from scumble.inference import attach
 from scumble.inference.canvas import Canvas, canvas_of
 from scumble.inference.drawing import Drawing
@@ -30,6 +29,7 @@ from scumble.inference.schedulers import build_scheduler, suits, unsuitable
 from scumble.models.family import BaseModel
 from scumble.models.loading import load_base
 from scumble.models.shortage import ERRORS, Shortage, recover, shortage_of, telling
+from scumble.tensor_files.dtypes import word_of
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called after every denoising step with (steps done, steps in all), summed over the request's pictures."""

@@ -14,12 +14,12 @@ import scumble
 from scumble.adapters.adapter import Adapter
 from scumble.adapters.state import AdapterState, Metadata
 from scumble.errors import NoEffect, TrainingError
-from scumble.header_dtypes import word_of
 from scumble.methods.method import Ingredients
 from scumble.models.family import BaseModel, Frame
 from scumble.models.heap import give_back
 from scumble.rng import Streams
 from scumble.settings import Settings
+from scumble.tensor_files.dtypes import word_of
 from scumble.training.objective import ObjectiveSettings, denoising_loss
 from scumble.training.plan import Phase, Plan, Trainable
 

@@ -8,14 +8,13 @@ network, no pickle.
 from __future__ import annotations
 
 import json
-import math
-import struct
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scumble.errors import ModelError
+from scumble.errors import FormatError, ModelError
+from scumble.tensor_files.header import Header, read
 
 STEMS = ("diffusion_pytorch_model", "model")
 """How diffusers and transformers call their weight files."""
@@ -138,91 +137,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-@dataclass(frozen=True)
-class Header:
-    """The header of a .safetensors file: names, dtypes and shapes, without the numbers."""
-
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-    """Tensor name -> (dtype as "F16", shape)."""
-    metadata: Mapping[str, str]
-    spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Tensor name -> its first byte in the file, and the one after its last."""
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: shape for name, (_, shape) in self.tensors.items()}
-
-    @property
-    def parameters(self) -> int:
-        """Number of floating-point values (position ids and other integers are not parameters)."""
-        return sum(
-            math.prod(shape) for dtype, shape in self.tensors.values() if dtype.startswith(("F", "BF"))
-        )
-
-    @property
-    def dtype(self) -> str:
-        """The dtype that holds most values, "" for an empty file."""
-        counts: dict[str, int] = {}
-        for dtype, shape in self.tensors.values():
-            counts[dtype] = counts.get(dtype, 0) + math.prod(shape)
-        return max(counts, key=lambda dtype: counts[dtype], default="")
-
-
 def read_header(path: Path) -> Header:
-    """The header of a .safetensors file: 8 bytes of length (little endian), then JSON.
+    """The header of one of a base's .safetensors files.
 
     Raises:
         ModelError: the file is not a whole .safetensors file (an interrupted download, a web page, a git-lfs
         pointer).
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        first = file.read(8)
-        length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
-        if not 0 < length <= min(size - 8, 100_000_000):
-            raise ModelError(
-                f"{path} is not a .safetensors file: {_what_it_looks_like(first, size)} Download it again."
-            )
-        try:
-            entries = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ModelError(
-                f"{path} is not a .safetensors file: its header is not JSON. Download it again."
-            ) from error
-    start = 8 + length
     try:
-        metadata = entries.pop("__metadata__", {})
-        tensors = {
-            name: (str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in entries.items()
-        }
-        spans = {name: _span(entry["data_offsets"], start) for name, entry in entries.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"{path} is not a .safetensors file: its header is no table of tensors ({error!r}). Download it again."
-        ) from error
-    end = max((end for _, end in spans.values()), default=start)
-    if size < end:
-        raise ModelError(
-            f"{path} is cut off: it has {size:,} bytes and its header promises {end:,}. Download it again."
-        )
-    return Header(tensors, metadata, spans)
-
-
-def _span(offsets: Any, start: int) -> tuple[int, int]:
-    begin, end = map(int, offsets)
-    if not 0 <= begin <= end:
-        raise ValueError(f"from {begin} to {end}")
-    return start + begin, start + end
-
-
-def _what_it_looks_like(first: bytes, size: int) -> str:
-    if first.startswith(b"version "):
-        return "it is a git-lfs pointer, not the file itself (run `git lfs pull`)."
-    if first.lstrip().lower().startswith((b"<!doc", b"<html")):
-        return "it is a web page."
-    if first.startswith((b"PK", b"\x80")):
-        return "it is a pickle (a PyTorch checkpoint), which is never opened here: it could run code."
-    return f"its first bytes are {first!r} and its size is {size:,} bytes."
+        return read(path)
+    except FormatError as error:
+        raise ModelError(str(error)) from error
 
 
 def read_folder(

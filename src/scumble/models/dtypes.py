@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from scumble.errors import ModelError, UnknownName, did_you_mean
-from scumble.header_dtypes import word_of
 from scumble.models.precision import DTYPES
+from scumble.tensor_files.dtypes import word_of
 
 if TYPE_CHECKING:
     from scumble.models.latents import LatentSpace

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from scumble.errors import ModelError
 from scumble.models import FAMILIES
-from scumble.models.configs import Configs, Header
+from scumble.models.configs import Configs
 from scumble.models.shapes import Shapes, clip_config, t5_config, vae_config, within
+from scumble.tensor_files.header import Header
 
 if TYPE_CHECKING:
     from torch import Tensor

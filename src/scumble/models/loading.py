@@ -21,7 +21,6 @@ from torch import nn
 
 from scumble.collector import started
 from scumble.errors import ModelError, did_you_mean
-from scumble.header_dtypes import dtype_of
 from scumble.models import FAMILIES, hub
 from scumble.models.codes import NONE, code_named
 from scumble.models.configs import (
@@ -49,6 +48,7 @@ from scumble.models.quantized import quantize, said_of
 from scumble.models.single_file import default_side, read_checkpoint, write_configs
 from scumble.models.streaming import stream
 from scumble.rng import Streams
+from scumble.tensor_files.dtypes import dtype_of
 
 CACHED_TOKENIZERS: tuple[tuple[str, str], ...] = (
     ("openai/clip-vit-large-patch14", ""),
@@ -568,7 +568,7 @@ def _load_dtype(part: str, dtype: torch.dtype, files: Sequence[Path]) -> torch.d
     if part.startswith("vae"):  # it computes in fp32 on a CPU, so that it is not rounded to fp16 first
         return torch.float32 if dtype == torch.float16 else dtype
     if part in DENOISERS and dtype == torch.bfloat16:  # which is rounded after the fingerprint is taken
-        stored = {kind for file in files for kind, _ in read_header(file).tensors.values()}
+        stored = {entry.code for file in files for entry in read_header(file).entries.values()}
         return dtype_of(*stored) if len(stored) == 1 and stored <= NARROW else torch.float32
     return dtype
 

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from scumble.errors import ModelError
-from scumble.models.configs import Configs, Header, read_header
+from scumble.models.configs import Configs, read_header
 from scumble.models.file_layout import layout_of, phrases
 from scumble.models.shapes import Shapes, clip_config, clip_sizes, counted, within
 from scumble.models.shapes import vae_config as vae_sizes
+from scumble.tensor_files.header import Header
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
@@ -165,7 +166,7 @@ def _stated(header: Header) -> tuple[str | None, list[str]]:
     said = header.metadata.get("modelspec.prediction_type", "").lower()
     if said in words:
         return words[said], [f"The file's header says that it predicts {said} (modelspec.prediction_type)."]
-    if "v_pred" in header.tensors:
+    if "v_pred" in header.entries:
         return "v_prediction", ['The file holds the mark "v_pred": it predicts velocity.']
     return None, []
 

@@ -1,73 +1,24 @@
 """Streaming: a denoiser filled from its files one tensor at a time, so that no two copies of it are ever there.
 
 Each tensor is read into memory of its own, goes into the fingerprint as it is stored, and is rounded, or held in few
-bits, before the next is read. At the peak there is what was filled so far, and one tensor in the file's dtype. Files
-are not mapped: pages of a mapped file would stay in the process until all of it is read.
+bits, before the next is read. At the peak there is what was filled so far, and one tensor in the file's dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from io import BufferedReader
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scumble.errors import ModelError
-from scumble.header_dtypes import DTYPES, dtype_of
+from scumble.errors import FormatError, ModelError
 from scumble.models.codes import code_named
-from scumble.models.configs import read_header
 from scumble.models.family import Fingerprint
 from scumble.models.file_weights import unfilled
 from scumble.models.quantized import hold, layers_held, nothing_to_hold
-
-
-class Stored(Mapping[str, Tensor]):
-    """The tensors of some .safetensors files by name, each read anew when it is asked for."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        """Reads the headers.
-
-        Raises:
-            ModelError: a file is not a whole .safetensors file.
-        """
-        self._places: dict[str, tuple[Path, int, int, torch.dtype]] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        """Name -> shape."""
-        for file in files:
-            header = read_header(file)
-            for name, (kind, shape) in header.tensors.items():
-                if kind not in DTYPES:
-                    raise ModelError(f"{file}: tensor {name!r} has dtype {kind}. Known: {', '.join(DTYPES)}.")
-                self._places[name] = (file, *header.spans[name], dtype_of(kind))
-                self.shapes[name] = shape
-        self._open: dict[Path, BufferedReader] = {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        path, begin, end, dtype = self._places[name]
-        if path not in self._open:
-            self._open[path] = path.open("rb")
-        content = torch.empty(end - begin, dtype=torch.uint8)
-        file = self._open[path]
-        file.seek(begin)
-        place: Any = content.numpy()
-        if end > begin and file.readinto(place) != end - begin:
-            raise ModelError(f"{path} ends within its tensor {name!r}. Download it again.")
-        return content.view(dtype).view(self.shapes[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def close(self) -> None:
-        """Close the files."""
-        for file in self._open.values():
-            file.close()
-        self._open = {}
+from scumble.tensor_files.lazy_tensors import LazyTensors
 
 
 @torch.no_grad()
@@ -93,11 +44,11 @@ def stream(
             be.
         UnknownName: no quantisation is called so.
     """
-    code, stored = code_named(quantization), Stored(files)
+    code, stored = code_named(quantization), _stored(files)
     module = unfilled(cls, config, base)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     computed = any(name not in shapes for name, _ in module.named_buffers())
-    if shapes != stored.shapes or computed:
+    if shapes != {name: file.header.shapes[name] for name, file in stored.items()} or computed:
         return None
     held = layers_held(module) if code is not None else {}
     if code is not None and not held:
@@ -105,7 +56,7 @@ def stream(
     whole = Fingerprint()
     try:
         for name in sorted(stored):
-            tensor = stored[name]
+            tensor = stored[name][name]
             whole.add(name, tensor)
             path, _, last = name.rpartition(".")
             if code is not None and path in held and last == "weight":
@@ -116,9 +67,21 @@ def stream(
                     last,
                     tensor.to(dtype) if tensor.is_floating_point() else tensor,
                 )
-    finally:
-        stored.close()
+    except FormatError as error:
+        raise ModelError(str(error)) from error
     return module.eval(), whole.hex()
+
+
+def _stored(files: Sequence[Path]) -> dict[str, LazyTensors]:
+    """Each tensor's name, and the file that it is in.
+
+    Raises:
+        ModelError: a file is not a whole .safetensors file.
+    """
+    try:
+        return {name: file for file in map(LazyTensors, files) for name in file}
+    except FormatError as error:
+        raise ModelError(str(error)) from error
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor
 from scumble.adapters.state import LayerPath
 from scumble.errors import ModelError
 from scumble.formats.keymap import ROOTS
-from scumble.formats.stream import LazyTensors
 from scumble.models.configs import weight_files
 from scumble.models.hub import PICTUREBOOK
 from scumble.models.loading import describe_base
+from scumble.tensor_files.lazy_tensors import LazyTensors
 
 _WEIGHT = ".weight"
 
@@ -179,7 +179,7 @@ def _open_folder(source: str, folder: Path, variant: str | None) -> BaseFiles:
         for file in files:
             tensors = LazyTensors(file)
             for name in tensors:
-                shape = tensors.shape(name)
+                shape = tensors.header.shapes[name]
                 rows = ((0, shape[0] if shape else 0),)
                 _sort(f"{root}.{name}", Spot(file, name, rows, shape), spots, other)
     return BaseFiles(source, folder, spots, other)
@@ -198,7 +198,7 @@ def _open_file(source: str, path: Path) -> BaseFiles:
     tensors = LazyTensors(path)
     spots: dict[LayerPath, Spot] = {}
     other: dict[str, Spot] = {}
-    for name, mark in layer_marks({key: tensors.shape(key) for key in tensors}, source).items():
+    for name, mark in layer_marks(tensors.header.shapes, source).items():
         spot = Spot(path, mark.name, mark.rows, mark.shape, mark.turned)
         _sort(name, spot, spots, other)
     return BaseFiles(source, path, spots, other)

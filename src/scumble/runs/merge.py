@@ -27,9 +27,10 @@ from scumble.adapters.state import LayerPath
 from scumble.errors import AdapterError, FormatError
 from scumble.formats.container import PICKLES
 from scumble.formats.keymap import ROOTS
-from scumble.formats.stream import LazyTensors, rewrite
+from scumble.formats.stream import rewrite
 from scumble.runs.base_files import BaseFiles, open_base
 from scumble.runs.rework import RECORD, Ingredient, ingredient, mix_record, refuse_existing
+from scumble.tensor_files.lazy_tensors import LazyTensors
 
 STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 """Header entries that speak of the bytes before the merge."""
@@ -202,7 +203,7 @@ def _write_file(
     record: Mapping[str, object],
     told: Callable[[str], None],
 ) -> None:
-    header = {k: v for k, v in LazyTensors(source).metadata.items() if k not in STALE}
+    header = {k: v for k, v in LazyTensors(source).header.metadata.items() if k not in STALE}
     before = header.get(RECORD)
     header["format"] = "pt"  # diffusers refuses a file that does not say it
     header[RECORD] = json.dumps([*(json.loads(before) if before else []), record], sort_keys=True)

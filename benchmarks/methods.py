@@ -5,7 +5,8 @@
     ... --shard 0/2 & ... --shard 1/2      # with OMP_NUM_THREADS=1: two processes fill one table on two cores
 
 Every subject is taught from its five pictures on the embedded base. All methods are told the same: the pictures, and
-captions that say what each shows and call the subject "zorbik creature"; where a word is learned, it is "zorbik". All
+captions that say what each shows and call the subject "zorbik creature"; where a word is learned, it is "zorbik", and
+where the class is kept by prediction, "cat" stands in the subject's place. All
 adapters have one form, one optimizer and one way to choose noise levels (`ADAPTER`, `TRAIN`), found on some of the
 subjects; the class whose look is to be kept is "cat", where words also begin. Seconds are those of one core's work, so
 that two processes beside each other measure as one alone. Each row is written to `benchmarks/results/methods.json` as
@@ -97,7 +98,11 @@ def settings_of(method: str, subject: str, steps: int) -> dict[str, Any]:
         "dreambooth, + prior images": {"method": "dreambooth", "dreambooth": prior},
         "dreambooth, + prior prediction": {
             "method": "dreambooth",
-            "dreambooth": {"prior": "prediction", "class_prompt": f"a {CLASS}"},
+            "dreambooth": {
+                "prior": "prediction",
+                "class_prompt": CLASS,
+                "subject": f"{subject} {CREATURES[subject].noun}",
+            },
         },
         "pivotal": {"method": "pivotal", "pivotal": {**pivot, **text_encoder}},
         "pivotal, joint": {"method": "pivotal", "pivotal": {**pivot, **text_encoder, "joint": True}},

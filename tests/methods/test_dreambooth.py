@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from scumble.data.record import Batch
 from scumble.data.settings import DataSettings
 from scumble.errors import ConfigError
+from scumble.methods import prior
 from scumble.methods.dreambooth import DreamBoothSettings, dreambooth
 from scumble.methods.prior import class_data
 from scumble.models import FAMILIES
@@ -106,6 +107,84 @@ def test_the_bases_own_prediction_weighs_as_in_the_paper() -> None:
     )
 
 
+@pytest.mark.parametrize("train_text_encoder", [False, True])
+def test_a_caption_is_held_to_itself_with_the_class_in_the_subjects_place(train_text_encoder: bool) -> None:
+    options = {"prior": "prediction", "subject": "Picture", "train_text_encoder": train_text_encoder, **CLASS}
+    plan, base, parameters = made(options)
+    (batch,) = first(plan)
+    asked = [caption.replace("picture", "a dog") for caption in batch.captions]
+    assert len(set(asked)) == 2 and all(prompt.startswith("a dog ") for prompt in asked)
+    untouched = FAMILIES.get("sd1").tiny(0)
+    xt, noise, t = noisy(base, batch)
+    with torch.no_grad():
+        kept = untouched.denoiser(xt, t, untouched.encode_prompts(asked).tokens).sample
+    instance = base.denoiser(xt, t, base.encode_prompts(batch.captions).tokens).sample - noise
+    prior = base.denoiser(xt, t, base.encode_prompts(asked).tokens).sample - kept
+    formula = instance.square().mean() + 0.7 * prior.square().mean()
+    loss = plan.phases[0].objective(batch).mean()
+    torch.testing.assert_close(loss, formula)
+    torch.testing.assert_close(
+        gradient(loss, parameters), gradient(formula, parameters), atol=1e-6, rtol=1e-4
+    )
+
+
+def test_which_readings_of_class_captions_are_kept_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of an adapter that changes the text encoder: they are the bare base's."""
+    options = {"prior": "prediction", "subject": "picture", "train_text_encoder": True, **CLASS}
+    losses = []
+    captions = [f"picture {number}" for number in range(6)]
+    for room, known in ((prior.KEPT, captions), (prior.KEPT, []), (1, captions)):
+        monkeypatch.setattr(prior, "KEPT", room)
+        plan, _, _ = made(options, captions=known)
+        objective = plan.phases[0].objective
+        losses.append(torch.cat([objective(batch) for batch in first(plan, 4)]))
+        assert len(objective.kept) <= room  # type: ignore[attr-defined]
+    assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("a sks dog on a beach", "a cat on a beach"),
+        ("A SKS Dog, and another sks dog", "A cat, and another cat"),
+        ("a sks doghouse", "cat"),  # not its words
+        ("", "cat"),  # dropped for guidance
+    ],
+)
+def test_the_class_stands_where_the_subject_stood(caption: str, expected: str) -> None:
+    options = DreamBoothSettings(prior="prediction", subject="sks dog", class_prompt="cat")
+    assert options.class_caption(caption) == expected
+    alone = DreamBoothSettings(prior="prediction", class_prompt="a cat")
+    assert alone.class_caption(caption) == "a cat"
+
+
+def test_what_stands_in_the_subjects_place_is_taken_as_it_is() -> None:
+    options = DreamBoothSettings(prior="prediction", subject="C++ (v1)", class_prompt=r"a \1 dog")
+    assert options.class_caption("my C++ (v1) logo") == r"my a \1 dog logo"
+
+
+def test_captions_that_do_not_say_the_subject_are_told(tmp_path: Path, words: list[Words]) -> None:
+    for number, caption in enumerate(("sks dog in a field", "the sks dog", "a dog")):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(caption)
+    data = DataSettings(images=str(tmp_path))
+
+    def problems(subject: str, class_prompt: str) -> list[tuple[bool, str, str]]:
+        options = DreamBoothSettings(prior="prediction", subject=subject, class_prompt=class_prompt)
+        return [(one.error, one.key, one.text) for one in dreambooth.check(options, data, words)]
+
+    ((error, key, text),) = problems("sks dog", "animal")
+    assert not error and key == "dreambooth.subject"
+    assert "1 of 3 captions do not say 'sks dog', first that of 2.png" in text and "'animal' alone" in text
+    ((error, key, text),) = problems("zorbik", "animal")
+    assert error and "no caption says 'zorbik'" in text and "'sks dog in a field'" in text
+    long = "x " * (words[0].limit - 4)
+    while words[0].truncated([long]):
+        long = long[2:]
+    (_, (error, key, text)) = problems("sks dog", long)
+    assert not error and key == "dreambooth.class_prompt" and "would be cut off" in text
+
+
 def test_an_untrained_adapter_costs_the_prior_nothing() -> None:
     plain, _ = make_plan(SETTINGS, method="dreambooth")
     kept, _ = make_plan(SETTINGS, method="dreambooth", options={"prior": "prediction", **CLASS})
@@ -158,6 +237,13 @@ def test_a_trained_text_encoder_is_held_to_the_bases_reading() -> None:
         ({"text_encoder_until": 0}, "greater than 0"),
         ({"instance_prompt": "   "}, "the prompt is blank"),
         ({"prior": "prediction", "class_prompt": " \n"}, "the prompt is blank"),
+        ({"subject": "sks dog"}, "subject = 'sks dog' has no effect with prior = \"none\""),
+        (
+            {"prior": "images", "class_prompt": "dog", "subject": "sks dog"},
+            "subject = 'sks dog' has no effect",
+        ),
+        ({"prior": "prediction", "subject": "sks dog"}, "class_prompt is not set"),
+        ({"prior": "prediction", "class_prompt": "a dog", "subject": "dog"}, "says the subject, 'dog'"),
     ],
 )
 def test_a_setting_without_effect_is_refused(options: dict[str, Any], said: str) -> None:

@@ -152,6 +152,14 @@ class Loader:
         bounded."""
         return not self._text_embeddings or words.every(("",), self.settings, self._streams) is None
 
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All that pictures may be shown with, sorted; empty where tag orders are not bounded."""
+        said: set[str] = set()
+        for record in self.dataset.records:
+            said.update(words.every(record.captions, self.settings, self._streams) or ())
+        return tuple(sorted(said))
+
     # -- what a visit shows ----------------------------------------------------------------------------------
 
     def sample(self, visit: Visit) -> Sample:
@@ -205,10 +213,7 @@ class Loader:
 
     def _everything(self) -> tuple[dict[int, tuple[Geometry, ...]], list[str]]:
         needed = {index: self._variants(index) for index in range(len(self.dataset))}
-        said: set[str] = set()
-        for record in self.dataset.records:
-            said.update(words.every(record.captions, self.settings, self._streams) or ())
-        return needed, sorted(said)
+        return needed, list(self.captions)
 
     def _shown(self, first: int, visits: int) -> tuple[dict[int, tuple[Geometry, ...]], list[str]]:
         needed: dict[int, dict[str, Geometry]] = {}

@@ -68,7 +68,7 @@ def evaluate(
         source: a run's folder, one of its checkpoints, an adapter's file, or a folder that holds one.
         settings: how much is drawn.
         checkpoints: every checkpoint of the run beside its finished adapter, and recommend one.
-        subject: what prompts call the concept; None finds what all captions share.
+        subject: what prompts call the concept; None takes the run's own word for it, or finds what all captions share.
         class_phrase: its class in words ("dog"); None takes the subject's last word, "" leaves the class out.
         images: the training pictures' folder; None asks the run's settings, which the file also carries.
         base: the base; None asks the run's settings or the file.
@@ -236,6 +236,7 @@ def find_concept(
     from scumble.data.settings import DataSettings
     from scumble.data.sources import open_dataset
     from scumble.formats import read
+    from scumble.methods.prior import PriorSettings
     from scumble.methods.words import WordSettings
 
     data = config.pictures if config else None
@@ -250,14 +251,15 @@ def find_concept(
     pictures = tuple(_reduced(square(normalise(record.open()))) for record in records)
     held = read(file).state.tokens
     words = [one_word(name) for name in held]
-    phrase = subject.strip() if subject else ""
+    options = config.options if config else None
+    called = options.subject if isinstance(options, PriorSettings) else None
+    phrase = (subject or called or "").strip()
     if not phrase and not records and not words:
         raise ConfigError(
             f"{file} was trained without pictures, doesn't say on which, or they are not here: say what its subject is "
             'called (--subject "a fox"), and where its training pictures are (--images FOLDER) if there are some.'
         )
     if not phrase and records:
-        options = config.options if config else None
         taught = options.placeholders if isinstance(options, WordSettings) else ()
         elsewhere = [word for word in taught if word not in held]
         captions = [without(caption, elsewhere) for record in records for caption in record.captions]

@@ -56,7 +56,7 @@ class DreamBooth:
             *too_long("dreambooth.instance_prompt", options.instance_prompt, words),
             *too_long("dreambooth.class_prompt", options.class_prompt, words),
             *_without_identifier(options),
-            *check_prior(options, data),
+            *check_prior(options, data, "dreambooth", words),
         ]
 
     def plan(self, ingredients: Ingredients) -> Plan:

@@ -102,7 +102,7 @@ class Pivotal:
         return [
             *check_words(options, "pivotal", data, words),
             *too_long("pivotal.class_prompt", options.class_prompt, words),
-            *check_prior(options, data),
+            *check_prior(options, data, "pivotal", words),
             *_taught_in_class(options),
         ]
 

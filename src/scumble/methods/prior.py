@@ -2,13 +2,17 @@
 
 Source: Ruiz et al. 2023, "DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation",
 equation 2: mean(instance) + lambda * mean(prior). The prior's half is taught by class pictures, as in the paper, or
-without any picture by what the base answers to the class prompt where the adapter is off.
+without any picture by what the base answers to the class prompt where the adapter is off. There the class prompt
+should say all that a caption says but the subject, or an adapter learns to tell the two by the rest of the caption, and
+changes whatever else is not the class prompt (docs/methods.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
@@ -16,16 +20,18 @@ import torch
 from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
+from scumble.data.captions import every, plain
 from scumble.data.images import open_upright
 from scumble.data.parallel import in_order
 from scumble.data.problems import Problem, Refused
 from scumble.data.record import Record
 from scumble.data.settings import DataSettings, PathText
-from scumble.data.sources import look, pictures_in
+from scumble.data.sources import look, open_dataset, pictures_in
 from scumble.data.woven import Embeddable, Woven
 from scumble.errors import DataError
 from scumble.methods.method import Ingredients
 from scumble.methods.text_encoder import text_roots
+from scumble.models.family import Conditioning
 from scumble.models.text import Words
 from scumble.rng import Streams
 from scumble.settings import Settings
@@ -36,14 +42,17 @@ from scumble.training.objective import (
     compared,
     with_guidance,
 )
+from scumble.training.tensors import sent
 
 if TYPE_CHECKING:
     from scumble.adapters.adapter import Adapter
     from scumble.data.record import Batch, Batches
-    from scumble.models.family import BaseModel, Conditioning
+    from scumble.models.family import BaseModel
 
 CLASS_COUNT = 100
 """Class pictures that are drawn where neither a number nor a folder is given."""
+KEPT = 256
+"""Class captions whose readings are kept: 60 MB for Stable Diffusion 1."""
 _DRAWN = ("class_count", "class_images", "class_seed", "class_steps", "class_guidance", "class_batch")
 """Settings that only class pictures have."""
 
@@ -62,7 +71,11 @@ class PriorSettings(Settings):
     """How the class of a subject is kept."""
 
     class_prompt: Prompt | None = None
-    """The same without the rare word: "a photo of a dog"."""
+    """The same without the rare word: "a photo of a dog". Where `subject` is given: what stands in its place, "dog"."""
+    subject: Prompt | None = None
+    """What captions call the subject: "sks dog". With prior = "prediction", class_prompt then stands in its place,
+    caption by caption: "sks dog on a beach" is held to what the base makes of "dog on a beach". Unset: class_prompt is
+    the whole prompt, whatever a caption says."""
     prior: Literal["none", "images", "prediction"] = "none"
     """How the class is kept. "images": class pictures train beside the subject's. "prediction": no class picture; the
     adapter is held to what the bare base answers to the class prompt. "none": it is not."""
@@ -103,12 +116,44 @@ class PriorSettings(Settings):
                 'prior = "prediction" compares what adapter and base answer to the class prompt, and class_prompt is '
                 'not set. Give it, e.g. class_prompt = "a photo of a dog".'
             )
+        if self.subject is not None and self.prior != "prediction":
+            raise ValueError(
+                f'subject = {self.subject!r} has no effect with prior = "{self.prior}": captions are changed for '
+                'prior = "prediction" alone. Set that, or remove the setting.'
+            )
+        if (
+            self.subject is not None
+            and self.class_prompt is not None
+            and _says(self.class_prompt, self.subject)
+        ):
+            raise ValueError(
+                f"class_prompt = {self.class_prompt!r} says the subject, {self.subject!r}: the class would be held to "
+                'what the subject becomes. Give what stands in its place, e.g. class_prompt = "dog" for subject = '
+                '"sks dog".'
+            )
         if self.prior == "images" and self.class_prompt is None and self.class_images is None:
             raise ValueError(
                 'prior = "images" needs class pictures, or a class_prompt that the base can draw them from. '
                 'Give class_images = "folder/", or class_prompt = "a photo of a dog".'
             )
         return self
+
+    def class_caption(self, caption: str) -> str:
+        """The prompt that the prior asks, where a picture is asked for with `caption`: `class_prompt` in the subject's
+        place, or alone where there is none, as in a caption that was dropped for guidance."""
+        said = self.class_prompt or ""
+        if self.subject is None or not _says(caption, self.subject):
+            return said
+        return _as_words(self.subject).sub(lambda _: said, caption)
+
+
+def _says(caption: str, phrase: str) -> bool:
+    return _as_words(phrase).search(caption) is not None
+
+
+def _as_words(phrase: str) -> re.Pattern[str]:
+    """`phrase` as whole words, in capitals or not."""
+    return re.compile(rf"(?<!\w){re.escape(phrase.strip())}(?!\w)", re.IGNORECASE)
 
 
 class Prior:
@@ -120,7 +165,7 @@ class Prior:
         """
         self._ingredients, self._options = ingredients, options
         self._beside: Batches | None = None
-        self._kept: Conditioning | None = None
+        self._kept: dict[str, Conditioning] = {}
         self.told: dict[str, object] = {"prior": options.prior}
         """What a person is told before the start."""
         if options.prior == "images":
@@ -129,7 +174,8 @@ class Prior:
                 self.told["class pictures"] = self._beside.samples
         elif options.prior == "prediction":
             with torch.no_grad():
-                self._kept = ingredients.base.encode_prompts([options.class_prompt or ""])
+                for prompt in _class_captions(options, ingredients.captions or [""])[:KEPT]:
+                    self._kept[prompt] = ingredients.base.encode_prompts([prompt])
 
     def beside(self, batches: Batches) -> Batches:
         """The subject's batches, with class pictures in turn where there are some."""
@@ -141,22 +187,32 @@ class Prior:
     def objective(self, adapter: Adapter, among: Sequence[str] | None) -> DenoisingObjective:
         """The loss of a phase in which the roots `among` may train; None is all."""
         base, settings = self._ingredients.base, self._ingredients.train.objective
-        if self._kept is None:
+        if not self._kept:
             return DenoisingObjective(base, self._ingredients.streams, settings, among=among)
         return PriorPrediction(
             base,
             adapter,
             self._ingredients.streams,
             settings,
-            prompt=self._options.class_prompt or "",
+            prompt=self._options.class_caption,
             kept=self._kept,
             weight=self._options.prior_weight,
             among=among,
         )
 
 
-def check_prior(options: PriorSettings, data: DataSettings | None) -> Iterable[Problem]:
-    """What is wrong with the class pictures, told before anything is drawn. Decodes those that are there."""
+def _class_captions(options: PriorSettings, captions: Iterable[str]) -> list[str]:
+    """The distinct prompts that the prior asks for `captions`."""
+    return sorted({options.class_caption(caption) for caption in captions})
+
+
+def check_prior(
+    options: PriorSettings, data: DataSettings | None, section: str, words: Sequence[Words]
+) -> Iterable[Problem]:
+    """What is wrong with the class pictures, or with the captions that the class is to be asked by; told before
+    anything is drawn. Decodes the class pictures that are there. `section`: of the settings."""
+    if options.subject is not None and data is not None:
+        yield from _without_subject(options, data, section, words)
     if options.prior != "images":
         return
     if data is not None and data.buckets:
@@ -190,6 +246,34 @@ def check_prior(options: PriorSettings, data: DataSettings | None) -> Iterable[P
             return
     if data is not None and place.is_dir() and pictures_in(place):
         yield from _unusable(class_data(options, data, options.class_images))
+
+
+def _without_subject(
+    options: PriorSettings, data: DataSettings, section: str, words: Sequence[Words]
+) -> Iterable[Problem]:
+    """Captions in which nothing stands for the class, and class captions that are cut off."""
+    assert options.subject is not None
+    records = open_dataset(data, seed=0).records
+    without = [one for one in records if not any(_says(said, options.subject) for said in one.captions)]
+    if records and len(without) == len(records):
+        text = (
+            f"no caption says {options.subject!r}, so that every one would be held to {options.class_prompt!r} alone. "
+            f"The first is {records[0].captions[0][:80]!r}. Give what captions call the subject."
+        )
+        yield Problem("no subject", f"{section}.subject", text)
+        return
+    if without:
+        text = (
+            f"{len(without)} of {len(records)} captions do not say {options.subject!r}, first that of "
+            f"{without[0].key}: they are held to {options.class_prompt!r} alone."
+        )
+        yield Problem("no subject", f"{section}.subject", text, error=False)
+    said = (every(one.captions, data, Streams(0)) or (plain(one.captions, data),) for one in records)
+    for prompt in _class_captions(options, chain.from_iterable(said)):
+        cut = [*too_long(f"{section}.class_prompt", prompt, words, error=False)]
+        yield from cut
+        if cut:
+            return
 
 
 def _unusable(shown: DataSettings) -> Iterable[Problem]:
@@ -269,8 +353,15 @@ def _class_batches(ingredients: Ingredients, options: PriorSettings, text_embedd
     )
 
 
+@dataclass(frozen=True)
+class Asked(Drawn):
+    """A batch with its random numbers, and what the bare base reads in each row's class caption."""
+
+    kept: Conditioning
+
+
 class PriorPrediction(DenoisingObjective):
-    """The denoising loss, and beside it how far the adapter moves what the base answers to the class prompt.
+    """The denoising loss, and beside it how far the adapter moves what the base answers to the class captions.
 
     A row's loss is instance + weight * prior, so that the mean over rows is mean(instance) + weight * mean(prior). The
     prior compares two answers at the row's own noisy latents x_t: the adapter's, and as its target the bare base's.
@@ -285,41 +376,60 @@ class PriorPrediction(DenoisingObjective):
         streams: Streams,
         settings: ObjectiveSettings | None = None,
         *,
-        prompt: str,
-        kept: Conditioning,
+        prompt: Callable[[str], str],
+        kept: Mapping[str, Conditioning],
         weight: float,
         among: Collection[str] | None = None,
     ) -> None:
-        """`kept`: the class prompt as the bare base reads it, one row; `weight`: lambda."""
+        """`prompt`: a row's caption -> its class caption. `kept`: some class captions as the bare base reads them, one
+        row each; others are read when they come. `weight`: lambda."""
         super().__init__(base, streams, settings, among=among)
-        self.adapter, self.prompt, self.kept, self.weight = adapter, prompt, kept, weight
+        self.adapter, self.prompt, self.kept, self.weight = adapter, prompt, dict(kept), weight
         touched = {path.partition(".")[0] for path in adapter.deltas}
         self.texts = touched & set(text_roots(base))
-        """Text encoders that the adapter changes: the class prompt is read anew at each step."""
+        """Text encoders that the adapter changes: class captions are read anew at each step."""
+
+    def drawn(self, batch: Batch) -> Asked:
+        """See `DenoisingObjective`. Class captions are read here, one by one, so that it makes no difference which of
+        them are kept."""
+        drawn = super().drawn(batch)
+        kept = Conditioning.cat([self._read(self.prompt(caption)) for caption in batch.captions])
+        return sent(Asked(drawn.batch, drawn.noise, drawn.t, kept), drawn.t.device)
 
     def measured(self, drawn: Drawn) -> Tensor:
-        """See `DenoisingObjective`."""
-        return super().measured(drawn) + self.weight * self._prior(drawn.batch, drawn.noise, drawn.t)
+        """See `DenoisingObjective`. `drawn`: an `Asked`."""
+        assert isinstance(drawn, Asked)
+        return super().measured(drawn) + self.weight * self._prior(drawn)
 
-    def _prior(self, batch: Batch, noise: Tensor, t: Tensor) -> Tensor:
-        """(B,) losses between the adapter's answers to the class prompt and the base's."""
-        base, count = self.base, len(batch)
+    def _prior(self, drawn: Asked) -> Tensor:
+        """(B,) losses between the adapter's answers to the class captions and the base's."""
+        base, batch, noise, t = self.base, drawn.batch, drawn.noise, drawn.t
         x0 = batch.latents.to(noise.device, non_blocking=True)
         noisy = base.prediction.noisy(x0, noise, t).to(base.dtype)
 
         def answer(said: Conditioning) -> Tensor:
-            rows = said.map(lambda one: one.expand(count, *one.shape[1:]))
-            rows = replace(rows, shown=batch.shown).to(noise.device, base.dtype)
+            rows = replace(said, shown=batch.shown).to(noise.device, base.dtype)
             return base.denoise(noisy, t, with_guidance(rows, self.settings), batch.frame)
 
-        mine = answer(self._read())
+        mine = answer(self._as_adapted(batch) if self.texts else drawn.kept)
         with torch.no_grad(), self.adapter.disabled():
-            theirs = answer(self.kept)
+            theirs = answer(drawn.kept)
         return compared(mine, theirs, None, base.prediction, t, self.settings)
 
-    def _read(self) -> Conditioning:
-        """The class prompt as the adapter reads it, one row."""
-        if not self.texts:
-            return self.kept
+    def _as_adapted(self, batch: Batch) -> Conditioning:
+        """The class captions as the adapter reads them, each once."""
+        prompts = [self.prompt(caption) for caption in batch.captions]
+        distinct = list(dict.fromkeys(prompts))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.texts.isdisjoint(self.roots)):
-            return self.base.encode_prompts([self.prompt])
+            said = self.base.encode_prompts(distinct)
+        return said[torch.tensor([distinct.index(prompt) for prompt in prompts], device=said.tokens.device)]
+
+    def _read(self, prompt: str) -> Conditioning:
+        """A class caption as the bare base reads it, one row."""
+        if prompt not in self.kept:
+            with torch.no_grad(), self.adapter.disabled():
+                found = self.base.encode_prompts([prompt])
+            while len(self.kept) >= KEPT:
+                del self.kept[next(iter(self.kept))]
+            self.kept[prompt] = found
+        return self.kept[prompt]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from scumble.data.record import Batch
 from scumble.data.settings import DataSettings
 from scumble.errors import ConfigError
-from scumble.methods import prior
+from scumble.methods import prior_prediction
 from scumble.methods.dreambooth import DreamBoothSettings, dreambooth
 from scumble.methods.prior import class_data
 from scumble.models import FAMILIES
@@ -133,8 +133,8 @@ def test_which_readings_of_class_captions_are_kept_changes_no_bit(monkeypatch: p
     options = {"prior": "prediction", "subject": "picture", "train_text_encoder": True, **CLASS}
     losses = []
     captions = [f"picture {number}" for number in range(6)]
-    for room, known in ((prior.KEPT, captions), (prior.KEPT, []), (1, captions)):
-        monkeypatch.setattr(prior, "KEPT", room)
+    for room, known in ((prior_prediction.KEPT, captions), (prior_prediction.KEPT, []), (1, captions)):
+        monkeypatch.setattr(prior_prediction, "KEPT", room)
         plan, _, _ = made(options, captions=known)
         objective = plan.phases[0].objective
         losses.append(torch.cat([objective(batch) for batch in first(plan, 4)]))

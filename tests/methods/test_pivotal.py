@@ -18,7 +18,7 @@ from scumble.errors import ConfigError, NothingTrained
 from scumble.formats import read
 from scumble.methods.method import METHODS
 from scumble.methods.pivotal import Later, PivotalSettings, pivotal
-from scumble.methods.prior import PriorPrediction
+from scumble.methods.prior_prediction import PriorPrediction
 from scumble.models import FAMILIES
 from scumble.models.family import BaseModel
 from scumble.rng import Streams

@@ -10,15 +10,13 @@ changes whatever else is not the class prompt (docs/methods.md).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
-import torch
 from pydantic import AfterValidator, Field, model_validator
-from torch import Tensor
 
 from scumble.data.captions import every, plain
 from scumble.data.images import open_upright
@@ -30,29 +28,19 @@ from scumble.data.sources import look, open_dataset, pictures_in
 from scumble.data.woven import Embeddable, Woven
 from scumble.errors import DataError
 from scumble.methods.method import Ingredients
-from scumble.methods.text_encoder import text_roots
-from scumble.models.family import Conditioning
+from scumble.methods.prior_prediction import PriorPrediction, readings
 from scumble.models.text import Words
 from scumble.rng import Streams
 from scumble.settings import Settings
-from scumble.training.objective import (
-    DenoisingObjective,
-    Drawn,
-    ObjectiveSettings,
-    compared,
-    with_guidance,
-)
-from scumble.training.tensors import sent
+from scumble.training.objective import DenoisingObjective
 
 if TYPE_CHECKING:
     from scumble.adapters.adapter import Adapter
-    from scumble.data.record import Batch, Batches
-    from scumble.models.family import BaseModel
+    from scumble.data.record import Batches
+    from scumble.models.family import Conditioning
 
 CLASS_COUNT = 100
 """Class pictures that are drawn where neither a number nor a folder is given."""
-KEPT = 256
-"""Class captions whose readings are kept: 60 MB for Stable Diffusion 1."""
 _DRAWN = ("class_count", "class_images", "class_seed", "class_steps", "class_guidance", "class_batch")
 """Settings that only class pictures have."""
 
@@ -165,7 +153,7 @@ class Prior:
         """
         self._ingredients, self._options = ingredients, options
         self._beside: Batches | None = None
-        self._kept: dict[str, Conditioning] = {}
+        self._kept: Mapping[str, Conditioning] = {}
         self.told: dict[str, object] = {"prior": options.prior}
         """What a person is told before the start."""
         if options.prior == "images":
@@ -173,9 +161,8 @@ class Prior:
             if self._beside is not None:
                 self.told["class pictures"] = self._beside.samples
         elif options.prior == "prediction":
-            with torch.no_grad():
-                for prompt in _class_captions(options, ingredients.captions or [""])[:KEPT]:
-                    self._kept[prompt] = ingredients.base.encode_prompts([prompt])
+            prompts = _class_captions(options, ingredients.captions or [""])
+            self._kept = readings(ingredients.base, prompts)
 
     def beside(self, batches: Batches) -> Batches:
         """The subject's batches, with class pictures in turn where there are some."""
@@ -351,85 +338,3 @@ def _class_batches(ingredients: Ingredients, options: PriorSettings, text_embedd
         batch_size=ingredients.pictures.batch_size,
         text_embeddings=text_embeddings,
     )
-
-
-@dataclass(frozen=True)
-class Asked(Drawn):
-    """A batch with its random numbers, and what the bare base reads in each row's class caption."""
-
-    kept: Conditioning
-
-
-class PriorPrediction(DenoisingObjective):
-    """The denoising loss, and beside it how far the adapter moves what the base answers to the class captions.
-
-    A row's loss is instance + weight * prior, so that the mean over rows is mean(instance) + weight * mean(prior). The
-    prior compares two answers at the row's own noisy latents x_t: the adapter's, and as its target the bare base's.
-    It is measured as the instance's loss is (huber, min-SNR), over the whole picture: masks and the weights of samples
-    are about the subject.
-    """
-
-    def __init__(
-        self,
-        base: BaseModel,
-        adapter: Adapter,
-        streams: Streams,
-        settings: ObjectiveSettings | None = None,
-        *,
-        prompt: Callable[[str], str],
-        kept: Mapping[str, Conditioning],
-        weight: float,
-        among: Collection[str] | None = None,
-    ) -> None:
-        """`prompt`: a row's caption -> its class caption. `kept`: some class captions as the bare base reads them, one
-        row each; others are read when they come. `weight`: lambda."""
-        super().__init__(base, streams, settings, among=among)
-        self.adapter, self.prompt, self.kept, self.weight = adapter, prompt, dict(kept), weight
-        touched = {path.partition(".")[0] for path in adapter.deltas}
-        self.texts = touched & set(text_roots(base))
-        """Text encoders that the adapter changes: class captions are read anew at each step."""
-
-    def drawn(self, batch: Batch) -> Asked:
-        """See `DenoisingObjective`. Class captions are read here, one by one, so that it makes no difference which of
-        them are kept."""
-        drawn = super().drawn(batch)
-        kept = Conditioning.cat([self._read(self.prompt(caption)) for caption in batch.captions])
-        return sent(Asked(drawn.batch, drawn.noise, drawn.t, kept), drawn.t.device)
-
-    def measured(self, drawn: Drawn) -> Tensor:
-        """See `DenoisingObjective`. `drawn`: an `Asked`."""
-        assert isinstance(drawn, Asked)
-        return super().measured(drawn) + self.weight * self._prior(drawn)
-
-    def _prior(self, drawn: Asked) -> Tensor:
-        """(B,) losses between the adapter's answers to the class captions and the base's."""
-        base, batch, noise, t = self.base, drawn.batch, drawn.noise, drawn.t
-        x0 = batch.latents.to(noise.device, non_blocking=True)
-        noisy = base.prediction.noisy(x0, noise, t).to(base.dtype)
-
-        def answer(said: Conditioning) -> Tensor:
-            rows = replace(said, shown=batch.shown).to(noise.device, base.dtype)
-            return base.denoise(noisy, t, with_guidance(rows, self.settings), batch.frame)
-
-        mine = answer(self._as_adapted(batch) if self.texts else drawn.kept)
-        with torch.no_grad(), self.adapter.disabled():
-            theirs = answer(drawn.kept)
-        return compared(mine, theirs, None, base.prediction, t, self.settings)
-
-    def _as_adapted(self, batch: Batch) -> Conditioning:
-        """The class captions as the adapter reads them, each once."""
-        prompts = [self.prompt(caption) for caption in batch.captions]
-        distinct = list(dict.fromkeys(prompts))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.texts.isdisjoint(self.roots)):
-            said = self.base.encode_prompts(distinct)
-        return said[torch.tensor([distinct.index(prompt) for prompt in prompts], device=said.tokens.device)]
-
-    def _read(self, prompt: str) -> Conditioning:
-        """A class caption as the bare base reads it, one row."""
-        if prompt not in self.kept:
-            with torch.no_grad(), self.adapter.disabled():
-                found = self.base.encode_prompts([prompt])
-            while len(self.kept) >= KEPT:
-                del self.kept[next(iter(self.kept))]
-            self.kept[prompt] = found
-        return self.kept[prompt]

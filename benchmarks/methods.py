@@ -11,7 +11,7 @@ adapters have one form, one optimizer and one way to choose noise levels (`ADAPT
 subjects; the class whose look is to be kept is "cat", where words also begin. Seconds are those of one core's work, so
 that two processes beside each other measure as one alone. Each row is written to `benchmarks/results/methods.json` as
 soon as it is measured, and a row that is there is not done
-again; the table goes to `benchmarks/results/methods.md`.
+again; the tables go to `benchmarks/results/methods.md`, and with `--docs` into `docs/methods.md`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from scumble.picturebook.creatures import CREATURES
 from scumble.picturebook.dataset import write_dataset
 
 HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs" / "methods.md"
+BEGIN, END = "<!-- benchmarks/methods.py -->", "<!-- until here -->"
 SUBJECTS = ("zorbik", "plimmo", "vumbra", "tobbun", "kettrix")
 METHODS = (
     "textual-inversion",
@@ -60,6 +62,9 @@ TRAIN = {  # at 3e-3 adapters learn less, at 12e-3 the base breaks (docs/methods
 WORD_RATE, PIVOT_RATE = 2e-2, 3e-3
 """Of words. Alone they learn nothing in so few steps at the pivot's rate; at their own they grow to twice the length of
 the base's words, and guidance then burns the colours of whatever is tuned around them."""
+RECIPE = "pivotal, unet"
+"""What `examples/pivotal.toml` does, and what the others are compared with."""
+_ROUNDING = 1e-9
 CLASS = "cat"
 """What the base knows that comes nearest to an invented creature; it has never heard of creatures."""
 COLUMNS = {
@@ -184,22 +189,64 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def by_subject(rows: list[dict[str, Any]]) -> str:
     """One line a subject: learned / obeys / drift of each method, means over its seeds."""
-    lines = ["| learned / obeys / drift | " + " | ".join(METHODS) + " |", "|---|" + "---|" * len(METHODS)]
+    methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
+    lines = ["| learned / obeys / drift | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
+    means = _means(rows)
     for subject in SUBJECTS:
-        mine = [row for row in rows if row["subject"] == subject]
-        if mine:
-            cells = [_three([row for row in mine if row["method"] == method]) for method in METHODS]
+        if any(row["subject"] == subject for row in rows):
+            cells = [_three(means.get((subject, method))) for method in methods]
             lines.append(f"| {subject} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _three(rows: list[dict[str, Any]]) -> str:
-    if not rows:
-        return ""
-    learned, obeys, drift = (
-        float(np.mean([row[key] for row in rows])) for key in ("learned", "obeys", "drift")
-    )
-    return f"{learned:.2f} / {obeys:.2f} / {drift:.0f}"
+def beaten_by(rows: list[dict[str, Any]], recipe: str) -> str:
+    """One line a subject: which other methods do better than `recipe` in what, by means over seeds. A method that
+    leaves the base as it is can't drift, and is not compared in that."""
+    lines = ["| subject | learned more | obeyed more | drifted less |", "|---|---|---|---|"]
+    means = _means(rows)
+    for subject in SUBJECTS:
+        own = means.get((subject, recipe))
+        if own is None:
+            continue
+        cells = []
+        for place, sign in enumerate((1, 1, -1)):
+            better = {
+                method: sign * (theirs[place] - own[place])
+                for (about, method), theirs in means.items()
+                if about == subject and method != recipe and (sign > 0 or theirs[2] > 0)
+            }
+            shown = "by {:.2f}" if sign > 0 else "by {:.0f}"
+            cells.append(
+                ", ".join(
+                    f"{method} {shown.format(gain)}" for method, gain in better.items() if gain > _ROUNDING
+                )
+            )
+        lines.append(f"| {subject} | " + " | ".join(cell or "none" for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def document(rows: list[dict[str, Any]]) -> str:
+    """All tables, as they stand in `docs/methods.md` and beside the JSON."""
+    return f"{table(rows)}\n{by_subject(rows)}\n{beaten_by(rows, RECIPE)}"
+
+
+def _means(rows: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[float, float, float]]:
+    """(subject, method) -> learned, obeys, drift."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["subject"], row["method"]), []).append(row)
+    return {
+        cell: (
+            float(np.mean([row["learned"] for row in mine])),
+            float(np.mean([row["obeys"] for row in mine])),
+            float(np.mean([row["drift"] for row in mine])),
+        )
+        for cell, mine in found.items()
+    }
+
+
+def _three(means: tuple[float, float, float] | None) -> str:
+    return "" if means is None else "{:.2f} / {:.2f} / {:.0f}".format(*means)
 
 
 def _cell(rows: list[Mapping[str, Any]], key: str) -> str:
@@ -232,6 +279,7 @@ def main() -> None:
     parser.add_argument("--denoising-steps", type=int, default=15)
     parser.add_argument("--shard", default="0/1", help="K/N: every N-th row, from the K-th, in this process")
     parser.add_argument("--out", type=Path, default=None, help="keep runs and pages here")
+    parser.add_argument("--docs", action="store_true", help="write the tables into docs/methods.md, too")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "methods.json")
     arguments = parser.parse_args()
     out = arguments.out or Path(tempfile.mkdtemp(prefix="scumble-methods-"))
@@ -252,7 +300,17 @@ def main() -> None:
         said = ", ".join(f"{key} {row[key]:.2f}" for key in COLUMNS if row[key] is not None)
         print(f"{subject}, {method}, seed {seed}: {said}", flush=True)
     rows = rows_in(arguments.json, asked)
-    print(f"{table(rows)}\n{by_subject(rows)}")
+    print(document(rows))
+    if arguments.docs:
+        write_docs(document(rows))
+
+
+def write_docs(tables: str) -> None:
+    """Put the tables between their marks in the documentation."""
+    text = DOCS.read_text()
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    DOCS.write_text(f"{before}{BEGIN}\n\n{tables}\n{END}{after}")
 
 
 def rows_in(file: Path, asked: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -275,7 +333,7 @@ def add(row: dict[str, Any], file: Path, asked: Mapping[str, int]) -> None:
         rows = [*rows_in(file, asked), row]
         rows.sort(key=lambda r: (r["seed"], SUBJECTS.index(r["subject"]), METHODS.index(r["method"])))
         file.write_text(json.dumps({"asked": asked, "machine": machine(), "rows": rows}, indent=1) + "\n")
-        file.with_suffix(".md").write_text(f"{table(rows)}\n{by_subject(rows)}")
+        file.with_suffix(".md").write_text(document(rows))
     finally:
         os.close(folder)
 

@@ -59,7 +59,7 @@ def measure(folder: str, options: dict[str, Any]) -> dict[str, Any]:
     from scumble.models.family import Conditioning, Frame
     from scumble.models.heap import give_back
     from scumble.models.loading import load_base
-    from scumble.models.prepacked import spare
+    from scumble.models.prepacked import unpack
     from scumble.rng import Streams
     from scumble.training.numerics import make_accelerator
     from scumble.training.objective import DenoisingObjective
@@ -75,7 +75,7 @@ def measure(folder: str, options: dict[str, Any]) -> dict[str, Any]:
         quantization=options.get("quantization", "none"),
     )
     if options.get("tight"):
-        spare(base.denoiser)
+        unpack(base.denoiser)
     loading = meter.peak()
     resting = base.rest(pictures=True, text=True)
     give_back()

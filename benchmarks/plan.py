@@ -52,8 +52,9 @@ ROWS: tuple[dict[str, Any], ...] = (
     {"shape": "sd15", "pixels": 512, "batch": 1, "precision": "no", "recomputed": True},
     {"shape": "sd15", "pixels": 512, "batch": 2, "precision": "bf16", "recomputed": BLOCKS},
 )
+# at 64 pixels the middle's attention would see one place alone, and its queries never train
 TINY_ROWS: tuple[dict[str, Any], ...] = (
-    {"shape": "tiny", "pixels": 64, "batch": 2, "precision": "no", "recomputed": ("unet.up_blocks.*",)},
+    {"shape": "tiny", "pixels": 128, "batch": 2, "precision": "no", "recomputed": ("unet.up_blocks.*",)},
 )
 
 

@@ -34,7 +34,7 @@ from machine import machine
 
 from scumble.adapters import Adapter, LoraSettings
 from scumble.models.attention import set_attention
-from scumble.models.prepacked import prepack
+from scumble.models.prepacked import pays, prepack
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -147,7 +147,8 @@ def scumble_step(unet: UNet2DConditionModel, loss: Loss, rank: int) -> Step:
 def as_in_a_base(unet: UNet2DConditionModel) -> None:
     """What scumble does with the UNet of a base that it loads."""
     set_attention(unet, "auto")
-    prepack(unet)
+    if pays():
+        prepack(unet)
 
 
 def peft_step(unet: UNet2DConditionModel, loss: Loss, rank: int) -> Step:

@@ -1,8 +1,9 @@
 """Prepacked: frozen convolutions whose weights are put into the order of the CPU's kernels once, not at every call.
 
 oneDNN multiplies by blocks of a weight. torch keeps the weight as (out, in, height, width) and has it put into blocks
-each time that it is used: half of a training step of SD 1.5's UNet at 256 pixels in bf16 (benchmarks/NOTES.md, 26). A
-weight that never changes can stay in blocks, once for the forward pass and once for the backward pass.
+each time that it is used: half of a training step of SD 1.5's UNet at 256 pixels in bf16, on a processor with AMX
+(benchmarks/NOTES.md, 26). A weight that never changes can stay in blocks, once for the forward pass and once for the
+backward pass. Where multiplying itself is slow, less is won, and kernels for other orders are as good: `pays`.
 
 To everybody else the layer is the `nn.Conv2d` that it was, and its `weight` is where it was; the blocks are beside it,
 as large again for each direction. Whether they are kept changes no bit, so free memory and the clock may decide it.
@@ -97,15 +98,23 @@ class Room:
             self._kept = is_ample(self.size)
         return self._kept
 
-    def spare(self) -> None:
-        """Keep none, whatever is free."""
-        self._kept = False
-
 
 def is_ample(size: int, after: int = 0) -> bool:
     """Whether enough memory is free for `size` bytes of blocks and for all else that comes, once `after` bytes more are
     taken."""
     return free_memory() - after >= AMPLE * size
+
+
+@cache
+def pays() -> bool:
+    """Whether it is worth it on this processor: one with AMX, so fast that the order of weights counts.
+
+    Measured (benchmarks/NOTES.md, 26): with it a step takes 0.58 to 0.90 of the frozen base's. On an AMD EPYC with
+    AVX-512 blocks save a tenth in bf16, which pays after some thirty steps, and where there is no memory for them a step
+    takes 1.4 to 1.7 of its time.
+    """
+    told = getattr(torch.cpu, "get_capabilities", None)
+    return bool(told is not None and told().get("amx_tile"))
 
 
 def layers_packed(module: nn.Module) -> list[nn.Conv2d]:
@@ -115,15 +124,16 @@ def layers_packed(module: nn.Module) -> list[nn.Conv2d]:
 
 
 def size_packed(module: nn.Module, *, directions: int = 2) -> int:
-    """Bytes that the blocks of `module` take, for the forward pass or for both."""
-    return directions * sum(part.weight.nbytes for part in layers_packed(module))
+    """Bytes that the blocks of `module` may take, for the forward pass or for both; 0 before `prepack`."""
+    return directions * sum(part.weight.nbytes for part in _prepacked(module))
 
 
 def prepack(module: nn.Module) -> None:
     """Have the module's convolutions multiply by blocks from here on, where they can and where it is worth it. `unpack`
     is the inverse."""
-    room = Room(size_packed(module))
-    for part in layers_packed(module):
+    found = layers_packed(module)
+    room = Room(2 * sum(part.weight.nbytes for part in found))
+    for part in found:
         works(part.weight.dtype)  # tried here, where tensors have numbers
         part.__class__ = Prepacked
         assert isinstance(part, Prepacked)
@@ -137,13 +147,6 @@ def unpack(module: nn.Module) -> None:
         for name in ("_room", "_forth", "_back", "_seen"):
             del part.__dict__[name]
         part.__class__ = nn.Conv2d  # type: ignore[assignment]
-
-
-def spare(module: nn.Module) -> None:
-    """Keep no blocks of `module`: it is to take as little memory as it can. Its numbers stay the same."""
-    for part in _prepacked(module):
-        part._room.spare()
-        part.forget()
 
 
 def forget(module: nn.Module) -> None:

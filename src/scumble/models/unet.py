@@ -20,7 +20,7 @@ from scumble.models.family import BaseModel, Components, Conditioning, Frame
 from scumble.models.latent_base import LatentBase
 from scumble.models.latents import factor_of
 from scumble.models.prediction import Flow, prediction_type
-from scumble.models.prepacked import prepack
+from scumble.models.prepacked import pays, prepack
 from scumble.models.text import Truncation, Words
 from scumble.models.tiny import TinySizes, tiny_components
 
@@ -65,7 +65,8 @@ class UNetBase(LatentBase):
         for root, module in self.roots.items():
             self._settle(module, parts.dtype_of(root, dtype))
         set_attention(self.unet, "auto")
-        prepack(self.unet)
+        if pays():
+            prepack(self.unet)
         unet_config, vae_config = (cast(Any, module).config for module in (self.unet, self.vae))
         self.resolution, self.size_multiple = sizes(unet_config, vae_config)
         self.readings: dict[str, Words] = {}

@@ -30,7 +30,7 @@ from scumble.models.heap import give_back
 from scumble.models.loading import describe_base, load_base, load_tokenizers
 from scumble.models.offload import refuse_offload
 from scumble.models.precision import check_precision, dtype_called, dtype_named, find_device
-from scumble.models.prepacked import spare
+from scumble.models.prepacked import unpack
 from scumble.models.probe import check_prediction
 from scumble.models.shortage import telling
 from scumble.models.text import Words
@@ -150,7 +150,7 @@ def build(
                 offload=config.train.offload,
             )
         if is_tight(config) or together.count > 1:  # each of several would see the same free memory
-            spare(base.denoiser)
+            unpack(base.denoiser)
         return base
 
     base = load()

@@ -59,8 +59,8 @@ class GradientWatch:
         if moved and self._waiting:
             raise NothingTrained(
                 f"step {step}: the gradient of {_some(list(self._waiting))} is exactly zero, so they never "
-                "train. A strength of 0, a weight of 0 or an underflow in fp16 can be the cause; try "
-                "precision bf16 or no."
+                "train. A strength of 0, a weight of 0 or an underflow in fp16 can be the cause (try "
+                "precision bf16 or no), or pictures so small that attention there has one place to look at."
             )
 
 

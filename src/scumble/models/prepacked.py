@@ -110,8 +110,8 @@ def pays() -> bool:
     """Whether it is worth it on this processor: one with AMX, so fast that the order of weights counts.
 
     Measured (benchmarks/NOTES.md, 26): with it a step takes 0.58 to 0.90 of the frozen base's. On an AMD EPYC with
-    AVX-512 blocks save a tenth in bf16, which pays after some thirty steps, and where there is no memory for them a step
-    takes 1.4 to 1.7 of its time.
+    AVX-512 blocks save a tenth in bf16, which pays after some thirty steps, and where there is no memory for them a
+    step takes 1.4 to 1.7 of its time.
     """
     told = getattr(torch.cpu, "get_capabilities", None)
     return bool(told is not None and told().get("amx_tile"))

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from scumble.errors import ModelError
 from scumble.models import FAMILIES, BaseModel, Frame, describe_base, load_base
 from scumble.models.checkpoint_names import layer_marks
-from scumble.models.configs import Configs, Header
+from scumble.models.configs import Configs
 from scumble.models.family import Components
 from scumble.models.file_layout import FileLayout, layout_of, unread
 from scumble.models.loading import load_tokenizers, look_at
+from scumble.tensor_files.header import Entry, Header
 from tests.models import original
 from tests.models import original_transformers as made
 
@@ -334,7 +335,7 @@ def test_published_shapes_give_the_published_configs(family: str, said: dict[str
     with torch.device("meta"):
         published = cls(**common, **said)
         shapes = {key: tuple(t.shape) for key, t in keys(published).items()}
-        header = Header({key: ("BF16", shape) for key, shape in shapes.items()}, {})
+        header = Header({key: Entry("BF16", shape, 0, 0) for key, shape in shapes.items()}, {}, 0)
         layout = layout_of(shapes)
         assert layout is not None and layout is KINDS[family].layout()
         configs = layout.configs(header, family)

@@ -38,6 +38,7 @@ TESTED: dict[str, tuple[str, str]] = {
     "rich": ("13.7", "15.0.0"),
     "pillow": ("10.1", "13.0.0"),
     "numpy": ("1.26", "2.4.6"),
+    "psutil": ("5.9", "7.2.2"),
 }
 """Package -> (the oldest release the code is written for, the release that every test passed with)."""
 

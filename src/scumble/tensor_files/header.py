@@ -193,7 +193,7 @@ def _entry(tensor: str, entry: Any, file: str) -> Entry:
 def _check_tiling(entries: Mapping[str, Entry], available: int, file: str) -> None:
     """Tensors must cover the bytes after the header once, without gaps."""
     position = 0
-    for tensor, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+    for tensor, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
         if entry.begin != position:
             raise FormatError(
                 f"{file}: tensor {tensor[:60]!r} begins at byte {entry.begin}, expected {position}: corrupt header. "

@@ -56,6 +56,12 @@ def plain(captions: Sequence[str], settings: DataSettings) -> str:
     return settings.templates[0].replace("{caption}", captions[0]).strip()
 
 
+def to_check(captions: Sequence[str], settings: DataSettings, streams: Streams) -> tuple[str, ...]:
+    """What is looked at before a run in place of all that it may say: all of it, or where that is not bounded the plain
+    one."""
+    return every(captions, settings, streams) or (plain(captions, settings),)
+
+
 def tags(caption: str, separator: str) -> list[str]:
     """The tags of a caption, without the blanks around them; empty ones are left out."""
     return [tag for part in caption.split(separator) if (tag := part.strip())]

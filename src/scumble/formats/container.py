@@ -28,8 +28,7 @@ import numpy as np
 from scumble.errors import FormatError
 from scumble.formats.stored import Stored, bytes_of, code_of
 from scumble.tensor_files.dtypes import DTYPES, dtype_of
-from scumble.tensor_files.header import Entry, Header, is_pickle, opened
-from scumble.tensor_files.header import parse as header_of
+from scumble.tensor_files.header import Entry, Header, is_pickle, opened, parse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -215,7 +214,7 @@ def _read_header(path: Path) -> TensorFile:
     if _is_pickle(path):
         return _without_values(_load(path))
     with opened(path) as stream:
-        header = parse(stream, path)
+        header = _header(stream, path)
     return TensorFile(_Shells(header.entries), header.metadata, path, _sidecars(path))
 
 
@@ -231,7 +230,7 @@ def _load(
             look(_without_values(file))
         return file
     with opened(path) as stream:
-        header = parse(stream, path)
+        header = _header(stream, path)
         shells = TensorFile(_Shells(header.entries), header.metadata, path, _sidecars(path))
         if look is not None:
             look(shells)
@@ -320,14 +319,14 @@ def _sidecars(path: Path) -> dict[str, str]:
         raise FormatError(f"{config} is not text: {error}.") from error
 
 
-def parse(stream: BinaryIO, path: Path) -> Header:
+def _header(stream: BinaryIO, path: Path) -> Header:
     """The header that `stream`, the open file at `path`, begins with, within the limits of an adapter.
 
     Raises:
         FormatError: it is no sound safetensors file, or no adapter is like that.
     """
     file = path.name
-    header = header_of(stream, file, longest=HEADER_LIMIT, most=TENSOR_LIMIT)
+    header = parse(stream, file, longest=HEADER_LIMIT, most=TENSOR_LIMIT)
     for tensor, entry in header.entries.items():
         if len(tensor) > NAME_LIMIT:
             raise FormatError(f"{file}: a tensor's name is {len(tensor)} characters long, {tensor[:60]!r}...")

@@ -89,8 +89,8 @@ class Ingredients:
     """The method's own section of the settings."""
     data: DataSettings | None = None
     """How `batches` was opened."""
-    captions: Sequence[str] = ()
-    """All that `batches` may say; empty where that is not bounded, or not known."""
+    captions: Callable[[], Sequence[str]] = tuple
+    """Lists all that `batches` may say; nothing where that is not bounded, or not known."""
     open_batches: OpenBatches | None = None
     """Opens further datasets."""
     draw: DrawPictures | None = None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from pydantic import AfterValidator, Field, model_validator
 
-from scumble.data.captions import every, plain
+from scumble.data.captions import to_check
 from scumble.data.images import open_upright
 from scumble.data.parallel import in_order
 from scumble.data.problems import Problem, Refused
@@ -161,7 +161,8 @@ class Prior:
             if self._beside is not None:
                 self.told["class pictures"] = self._beside.samples
         elif options.prior == "prediction":
-            prompts = _class_captions(options, ingredients.captions or [""])
+            captions = ingredients.captions() if options.subject is not None else ()
+            prompts = _class_captions(options, captions or [""])
             self._kept = readings(ingredients.base, prompts)
 
     def beside(self, batches: Batches) -> Batches:
@@ -255,7 +256,7 @@ def _without_subject(
             f"{without[0].key}: they are held to {options.class_prompt!r} alone."
         )
         yield Problem("no subject", f"{section}.subject", text, error=False)
-    said = (every(one.captions, data, Streams(0)) or (plain(one.captions, data),) for one in records)
+    said = (to_check(one.captions, data, Streams(0)) for one in records)
     for prompt in _class_captions(options, chain.from_iterable(said)):
         cut = [*too_long(f"{section}.class_prompt", prompt, words, error=False)]
         yield from cut

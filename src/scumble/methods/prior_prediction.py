@@ -80,7 +80,7 @@ class PriorPrediction(DenoisingObjective):
         them are kept."""
         drawn = super().drawn(batch)
         kept = Conditioning.cat([self._read(self.prompt(caption)) for caption in batch.captions])
-        return sent(Asked(drawn.batch, drawn.noise, drawn.t, kept), drawn.t.device)
+        return Asked(drawn.batch, drawn.noise, drawn.t, sent(kept, drawn.t.device))
 
     def measured(self, drawn: Drawn) -> Tensor:
         """See `DenoisingObjective`. `drawn`: an `Asked`."""

@@ -158,7 +158,7 @@ def _captions(
     told: set[str] = set()
     records = open_dataset(data, seed=0).records
     for record in records:
-        said = spoken.every(record.captions, data, streams) or (spoken.plain(record.captions, data),)
+        said = spoken.to_check(record.captions, data, streams)
         if not any(word in caption for caption in record.captions for word in options.placeholders):
             without.append(record.key)
         cut = [lost for one in words for lost in one.truncated([text for text in said if text not in told])]

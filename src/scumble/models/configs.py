@@ -8,7 +8,8 @@ network, no pickle.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+@contextmanager
+def of_a_base() -> Iterator[None]:
+    """What is wrong with a file is wrong with a base here: a FormatError becomes a ModelError of the same words."""
+    try:
+        yield
+    except FormatError as error:
+        raise ModelError(str(error)) from error
+
+
 def read_header(path: Path) -> Header:
     """The header of one of a base's .safetensors files.
 
@@ -144,10 +154,8 @@ def read_header(path: Path) -> Header:
         ModelError: the file is not a whole .safetensors file (an interrupted download, a web page, a git-lfs
         pointer).
     """
-    try:
+    with of_a_base():
         return read(path)
-    except FormatError as error:
-        raise ModelError(str(error)) from error
 
 
 def read_folder(

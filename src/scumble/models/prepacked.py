@@ -119,7 +119,7 @@ def pays() -> bool:
 
 def layers_packed(module: nn.Module) -> list[nn.Conv2d]:
     """The module's convolutions for which blocks are made; none where no large one is among them."""
-    found = [part for part in module.modules() if isinstance(part, nn.Conv2d) and _is_known(part)]
+    found = [part for part in module.modules() if isinstance(part, nn.Conv2d) and is_plain(part)]
     return found if any(part.weight.numel() >= SMALLEST for part in found) else []
 
 
@@ -324,7 +324,8 @@ def _prepacked(module: nn.Module) -> list[Prepacked]:
     return [part for part in module.modules() if isinstance(part, Prepacked)]
 
 
-def _is_known(layer: nn.Conv2d) -> bool:
+def is_plain(layer: nn.Conv2d) -> bool:
+    """Whether this is torch's own convolution, prepacked or not, of which all is known."""
     kind = type(layer) in (nn.Conv2d, Prepacked)
     return kind and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 

@@ -21,7 +21,7 @@ from torch.nn.grad import conv2d_input
 from scumble.adapters.operate import Held, compute_dtype
 from scumble.errors import ModelError
 from scumble.models.codes import Code, code_named
-from scumble.models.prepacked import Prepacked, unpack
+from scumble.models.prepacked import is_plain, unpack
 
 SMALLEST = 4096
 """Layers with fewer weights stay as they are."""
@@ -183,10 +183,7 @@ def nothing_to_hold(kind: str, quantization: str) -> str:
 
 def _is_plain(layer: nn.Module) -> bool:
     """Whether this is torch's own layer, of which all is known."""
-    if type(layer) in (nn.Conv2d, Prepacked):
-        known = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)  # type: ignore[union-attr]
-    else:
-        known = type(layer) is nn.Linear
+    known = is_plain(layer) if isinstance(layer, nn.Conv2d) else type(layer) is nn.Linear
     return known and layer.weight.numel() >= SMALLEST  # type: ignore[operator, union-attr]
 
 

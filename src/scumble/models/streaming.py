@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scumble.errors import FormatError, ModelError
+from scumble.errors import ModelError
 from scumble.models.codes import code_named
+from scumble.models.configs import of_a_base
 from scumble.models.family import Fingerprint
 from scumble.models.file_weights import unfilled
 from scumble.models.quantized import hold, layers_held, nothing_to_hold
@@ -44,7 +45,9 @@ def stream(
             be.
         UnknownName: no quantisation is called so.
     """
-    code, stored = code_named(quantization), _stored(files)
+    code = code_named(quantization)
+    with of_a_base():
+        stored = {name: file for file in map(LazyTensors, files) for name in file}
     module = unfilled(cls, config, base)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     computed = any(name not in shapes for name, _ in module.named_buffers())
@@ -54,7 +57,7 @@ def stream(
     if code is not None and not held:
         raise ModelError(nothing_to_hold(cls.__name__, quantization))
     whole = Fingerprint()
-    try:
+    with of_a_base():
         for name in sorted(stored):
             tensor = stored[name][name]
             whole.add(name, tensor)
@@ -67,21 +70,7 @@ def stream(
                     last,
                     tensor.to(dtype) if tensor.is_floating_point() else tensor,
                 )
-    except FormatError as error:
-        raise ModelError(str(error)) from error
     return module.eval(), whole.hex()
-
-
-def _stored(files: Sequence[Path]) -> dict[str, LazyTensors]:
-    """Each tensor's name, and the file that it is in.
-
-    Raises:
-        ModelError: a file is not a whole .safetensors file.
-    """
-    try:
-        return {name: file for file in map(LazyTensors, files) for name in file}
-    except FormatError as error:
-        raise ModelError(str(error)) from error
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -210,7 +210,7 @@ def build(
             settings=config.model_dump_json(exclude={"output"}),
             options=options,
             data=data,
-            captions=loaders[0].captions if loaders else (),
+            captions=lambda: loaders[0].captions if loaders else (),
             open_batches=open_batches,
             draw=None if announce is None else Artist(base, kept_in(config), announce, together),
         )

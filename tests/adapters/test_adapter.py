@@ -44,9 +44,7 @@ def fingerprint(roots: Roots) -> str:
 def test_injecting_changes_no_output_and_ejecting_leaves_nothing(roots: Roots, run: Run, stir: Stir) -> None:
     before, y = fingerprint(roots), run()
     adapter = Adapter.inject(roots, ["attention+mlp", "conv"])
-    # a product and what is added to it may be one kernel with a rounding of its own: bits are promised at strength 0
-    torch.testing.assert_close(run(), y)
-    assert adapter.attached
+    assert torch.equal(run(), y) and adapter.attached
     assert adapter.idle_layers() == list(adapter.deltas)
     stir(adapter)
     assert not torch.allclose(run(), y) and not adapter.idle_layers()

@@ -187,10 +187,13 @@ def _low_rank_linear(
     """x Wᵀ + b + factor * (x downᵀ) upᵀ, and what its backward needs: x as rows, W, down, up, h."""
     dtype = compute_dtype(x)
     weight, down, up = weight.to(dtype), down.to(dtype), up.to(dtype)
-    rows = x.to(dtype).reshape(-1, x.shape[-1])
+    x = x.to(dtype)
+    rows = x.reshape(-1, x.shape[-1])
     h = _scaled(rows @ down.t(), factor, x.shape)
-    y = F.linear(rows, weight, bias if bias is None else bias.to(dtype)).addmm_(h, up.t())
-    return y.view(*x.shape[:-1], -1), (rows, weight, down, up, h)
+    # of x as it lies, not of its rows: the base's own kernel and bits, on every processor
+    y = F.linear(x, weight, bias if bias is None else bias.to(dtype)).contiguous()
+    y.view(-1, y.shape[-1]).addmm_(h, up.t())
+    return y, (rows, weight, down, up, h)
 
 
 def _scaled(h: Tensor, factor: float | Tensor, shape: torch.Size) -> Tensor:

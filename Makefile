@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PYTEST := MKL_CBWR=AUTO,STRICT OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile
+PYTEST := MKL_CBWR=AUTO,STRICT OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 # one thread each on two cores; a third worker, because tests of processes wait. CBWR: on AMD processors MKL's products
 # depend on where numbers lie in memory, and tests that compare bits put the same numbers elsewhere
 

@@ -51,6 +51,7 @@ METHODS = (
     "pivotal, joint",
     "pivotal, unet",
     "pivotal, unet, joint",
+    "pivotal, unet, + prior prediction",
 )
 ADAPTER = {"rank": 16, "dropout": 0.2, "targets": "attention+conv"}
 TRAIN = {  # at 3e-3 adapters learn less, at 12e-3 the base breaks (docs/methods.md)
@@ -83,7 +84,12 @@ def settings_of(method: str, subject: str, steps: int) -> dict[str, Any]:
     """The run's settings beside data, output and seed."""
     word = {"placeholders": subject, "initial": CLASS, "vectors": 4, "learns": "captions"}
     text_encoder = {"train_text_encoder": True, "text_encoder_learning_rate": 2e-4}
-    prior = {"prior": "images", "class_prompt": f"a {CLASS}", "class_count": 24}
+    images = {"prior": "images", "class_prompt": f"a {CLASS}", "class_count": 24}
+    prediction = {
+        "prior": "prediction",
+        "class_prompt": CLASS,
+        "subject": f"{subject} {CREATURES[subject].noun}",
+    }
     pivot = {
         **word,
         "inversion_steps": steps // 5,
@@ -100,19 +106,13 @@ def settings_of(method: str, subject: str, steps: int) -> dict[str, Any]:
             "method": "dreambooth",
             "dreambooth": text_encoder,
         },
-        "dreambooth, + prior images": {"method": "dreambooth", "dreambooth": prior},
-        "dreambooth, + prior prediction": {
-            "method": "dreambooth",
-            "dreambooth": {
-                "prior": "prediction",
-                "class_prompt": CLASS,
-                "subject": f"{subject} {CREATURES[subject].noun}",
-            },
-        },
+        "dreambooth, + prior images": {"method": "dreambooth", "dreambooth": images},
+        "dreambooth, + prior prediction": {"method": "dreambooth", "dreambooth": prediction},
         "pivotal": {"method": "pivotal", "pivotal": {**pivot, **text_encoder}},
         "pivotal, joint": {"method": "pivotal", "pivotal": {**pivot, **text_encoder, "joint": True}},
         "pivotal, unet": {"method": "pivotal", "pivotal": pivot},
         "pivotal, unet, joint": {"method": "pivotal", "pivotal": {**pivot, "joint": True}},
+        "pivotal, unet, + prior prediction": {"method": "pivotal", "pivotal": {**pivot, **prediction}},
     }
     chosen = own[method]
     common = {

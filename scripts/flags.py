@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,15 +131,17 @@ class Command:
         """What a person should know of the flags' effects."""
         return [note for flag in self.flags if (note := flag.note(getattr(flags, flag.name), flags))]
 
-    def run(self, arguments: Sequence[str] | None = None) -> int:
-        """Train; returns the exit code."""
+    def run(self, arguments: Sequence[str] | None = None, *, alone: bool | None = None) -> int:
+        """Train; returns the exit code. `alone`: the process is nobody else's, as where no arguments are given."""
         flags = self.parser().parse_args(arguments)
+        alone = arguments is None if alone is None else alone
         # remarks on optional parts that are not used here
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         if getattr(flags, "cache_dir", None) is not None:  # read by the libraries when they are imported
             os.environ["HF_HUB_CACHE"] = os.environ["HF_DATASETS_CACHE"] = flags.cache_dir
         from importlib.util import find_spec
 
+        from scumble.collector import start_up
         from scumble.errors import ScumbleError, to_be_printed
 
         def count(data: Values) -> int:
@@ -162,26 +165,27 @@ class Command:
             guided=guided,
         )
         try:
-            from scumble.runs.config import RunConfig
-            from scumble.runs.folder import Layout
-            from scumble.runs.load import assemble
-            from scumble.runs.train import result_name, train
+            with start_up() if alone else nullcontext():
+                from scumble.runs.config import RunConfig
+                from scumble.runs.folder import Layout
+                from scumble.runs.load import assemble
+                from scumble.runs.train import result_name, train
 
-            config = assemble(RunConfig, self.translate(flags, world))
-            if int(os.environ.get("RANK", 0)) == 0:
-                for note in self.notes(flags):
-                    print(f"note: {note}", file=sys.stderr)
-            train(
-                config,
-                resume=resume(getattr(flags, "resume_from_checkpoint", None), Path(flags.output_dir)),
-                layout=Layout(
-                    adapter=self.result(flags) or result_name(config),
-                    checkpoint="checkpoint-{step}",
-                    tensorboard=getattr(flags, "logging_dir", ""),
-                    strict=False,
-                ),
-                hub_token=getattr(flags, "hub_token", None),
-            )
+                config = assemble(RunConfig, self.translate(flags, world))
+                if int(os.environ.get("RANK", 0)) == 0:
+                    for note in self.notes(flags):
+                        print(f"note: {note}", file=sys.stderr)
+                train(
+                    config,
+                    resume=resume(getattr(flags, "resume_from_checkpoint", None), Path(flags.output_dir)),
+                    layout=Layout(
+                        adapter=self.result(flags) or result_name(config),
+                        checkpoint="checkpoint-{step}",
+                        tensorboard=getattr(flags, "logging_dir", ""),
+                        strict=False,
+                    ),
+                    hub_token=getattr(flags, "hub_token", None),
+                )
         except (ScumbleError, Refused) as error:
             if to_be_printed(error):
                 print(f"error: {error}", file=sys.stderr)

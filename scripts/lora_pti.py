@@ -390,7 +390,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, variable in (("wandb_project_name", "WANDB_PROJECT"), ("wandb_entity", "WANDB_ENTITY")):
             if getattr(flags, name) is not None:
                 os.environ[variable] = getattr(flags, name)
-    return COMMAND.run(given)
+    return COMMAND.run(given, alone=arguments is None)
 
 
 __all__ = ["COMMAND", "FLAGS", "Refused", "World", "main", "parser", "spelled_out", "translate"]

@@ -111,7 +111,7 @@ MOMENTS = ("manifest", "half an adapter", "rename", "manifest", "manifest", "ren
 """Where in the save the process is killed, one for each case."""
 
 
-STANDING = ("fp32", "dreambooth, text encoder at rest from step 6", "pivotal, its word at rest from step 6")
+STANDING = ("fp32", "pivotal, its word at rest from step 6")
 """Cases that stand for the others."""
 
 

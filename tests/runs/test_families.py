@@ -14,6 +14,7 @@ from scumble.errors import ConfigError, ResumeError
 from scumble.formats import read
 from scumble.runs.folder import RunFolder
 from tests.runs.worlds import write_world
+from tests.weight import weighed
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +36,11 @@ def settings(world: Path, output: Path, family: str, **train: Any) -> dict[str, 
 
 QUICK = "lokr"
 """The family that stands for all in the quick tests."""
+STANDING = ("lora", "dora", "full")
+"""Families that stand for the others where time is: products, a norm over the base's weights, whole weights."""
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=() if f == QUICK else pytest.mark.slow) for f in FAMILIES]
-)
+@pytest.mark.parametrize("family", weighed(FAMILIES, QUICK, STANDING))
 def test_it_trains_is_proven_and_resumes_to_the_same_file(world: Path, tmp_path: Path, family: str) -> None:
     whole = scumble.train(**settings(world, tmp_path / "whole", family))
     assert (whole.reason, whole.step) == ("complete", 4) and whole.difference is not None

@@ -15,6 +15,7 @@ import scumble
 from scumble.inference.request import Request
 from scumble.inference.session import Session
 from tests.runs.worlds import cut_and_resumed, write_world
+from tests.weight import weighed
 
 PIPELINES = {"sd1": "StableDiffusionInpaintPipeline", "sdxl": "StableDiffusionXLInpaintPipeline"}
 """The family whose adapters a base takes -> the pipeline that paints with it."""
@@ -83,7 +84,7 @@ def test_it_trains_and_its_pipeline_loads_the_file(family: str, world: Path, tmp
     assert (ours - theirs).square().mean() < 1e-5, "PSNR above 50 dB"
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("family", weighed(PIPELINES, "", ("sd1",)), indirect=True)
 def test_a_resumed_run_sees_the_holes_of_an_uninterrupted_one(world: Path, tmp_path: Path) -> None:
     train = {"steps": 4, "batch": 1, "checkpoint_every": 2, "optimizer": {"learning_rate": 0.02}}
     cut_and_resumed(lambda run: settings(world, tmp_path / run, train=train))

@@ -13,6 +13,7 @@ from scumble.formats import read
 from scumble.inference.request import AdapterUse, Request
 from scumble.inference.session import Session
 from tests.runs.worlds import write_world
+from tests.weight import weighed
 
 WORD = {"placeholders": "<fox>", "vectors": 2}
 METHODS: dict[str, dict[str, Any]] = {
@@ -37,6 +38,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 QUICK = "text-to-image"
 """The method that stands for all in the quick tests."""
+STANDING = ("textual-inversion", "pivotal")
+"""Methods that stand for the others where time is: their words have rows in both text encoders."""
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +48,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"), 4, family="sdxl", size=(20, 18), wider=6)
 
 
-@pytest.mark.parametrize(
-    "method", [pytest.param(m, marks=() if m == QUICK else pytest.mark.slow) for m in METHODS]
-)
+@pytest.mark.parametrize("method", weighed(METHODS, QUICK, STANDING))
 def test_it_trains_is_proven_resumes_and_draws(world: Path, tmp_path: Path, method: str) -> None:
     section, pictures = method.replace("-", "_"), method != "slider"
     lora = method != "textual-inversion"

@@ -21,6 +21,7 @@ import pytest
 from scumble.formats import read
 from scumble.training import state as checkpoints
 from tests.training.child import one
+from tests.weight import weighed
 
 ROOT = Path(__file__).parents[2]
 TRAIN: dict[str, Any] = {
@@ -59,6 +60,8 @@ CASES: dict[str, dict[str, Any]] = {
         "options": {**WORDS, "inversion_steps": 20, "joint": True},
     },
 }
+STANDING = ("masks, a running mean, clipping and a poisoned picture", "pivotal")
+"""Cases that stand for the others where time is."""
 DIVISIONS: dict[str, dict[str, int]] = {
     "one by eight": {"batch": 8},
     "accumulated": {"batch": 4, "accumulate": 2},
@@ -178,19 +181,21 @@ def test_an_error_of_one_process_ends_the_others_with_its_message(two: tuple[Pat
 
 
 @pytest.fixture(scope="module")
-def divisions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Every case in every division; two launches, with the cases one after the other in each."""
+def divisions(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Every case that is asked for in every division; two launches, with the cases one after the other in each."""
+    asked = {item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")}
     root = tmp_path_factory.mktemp("divisions")
     launches = {2: ("two by four", "two by two twice"), 4: ("four by two",)}
     for processes, names in launches.items():
-        cases = {f"{case}, {name}": divided(CASES[case], name) for case in CASES for name in names}
+        cases = {
+            f"{case}, {name}": divided(CASES[case], name) for case in CASES if case in asked for name in names
+        }
         done = launched(root, processes, {"cases": cases})
         assert done.returncode == 0, done.stderr[-4000:]
     yield root
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", weighed(CASES, "", STANDING))
 def test_every_division_trains_the_same(divisions: Path, tmp_path: Path, case: str) -> None:
     alone = here(tmp_path / "alone", **divided(CASES[case], "one by eight"))
     alike(alone, [here(tmp_path / "accumulated", **divided(CASES[case], "accumulated"))])

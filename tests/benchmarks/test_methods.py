@@ -31,7 +31,7 @@ ROWS = [
 
 
 def test_who_beats_the_recipe_is_told_by_means_over_seeds(methods: Any) -> None:
-    (line,) = methods.beaten_by(ROWS, methods.RECIPE).splitlines()[2:]
+    (line,) = methods.beaten_by(ROWS, RECIPE).splitlines()[2:]
     assert line == "| zorbik | dreambooth, unet by 0.05 | textual-inversion by 0.05 | none |"
 
 

@@ -167,7 +167,7 @@ def test_captions_that_do_not_say_the_subject_are_told(tmp_path: Path, words: li
     for number, caption in enumerate(("sks dog in a field", "the sks dog", "a dog")):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
         (tmp_path / f"{number}.txt").write_text(caption)
-    data = DataSettings(images=str(tmp_path))
+    data = DataSettings(images=str(tmp_path), caption_dropout=0.1)
 
     def problems(subject: str, class_prompt: str) -> list[tuple[bool, str, str]]:
         options = DreamBoothSettings(prior="prediction", subject=subject, class_prompt=class_prompt)
@@ -285,6 +285,14 @@ def test_a_prompt_without_identifier_is_a_warning(words: list[Words]) -> None:
         problems = dreambooth.check(options, None, words)
         assert [problem.error for problem in problems] == ([False] if warned else [])
         assert not warned or "'A photo of a dog.' has no word" in problems[0].text
+
+
+def test_a_class_that_is_held_while_no_caption_is_dropped_is_a_warning() -> None:
+    options = DreamBoothSettings(prior="prediction", class_prompt="a dog")
+    for dropped in (0.0, 0.1):
+        problems = dreambooth.check(options, DataSettings(images="p", caption_dropout=dropped), [])
+        assert [problem.error for problem in problems] == ([] if dropped else [False])
+        assert dropped or problems[0].key == "data.caption_dropout" and "guidance" in problems[0].text
 
 
 def test_class_pictures_that_nobody_can_draw_are_refused(tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ class PriorSettings(Settings):
     the whole prompt, whatever a caption says."""
     prior: Literal["none", "images", "prediction"] = "none"
     """How the class is kept. "images": class pictures train beside the subject's. "prediction": no class picture; the
-    adapter is held to what the bare base answers to the class prompt. "none": it is not."""
+    adapter is held to what the bare base answers to the class prompt; drop some captions beside it
+    (data.caption_dropout = 0.1), or guidance may burn the subject's colours. "none": it is not."""
     prior_weight: float = Field(1.0, gt=0)
     """Lambda: how much the prior counts beside the subject."""
     class_images: PathText | None = None
@@ -201,6 +202,12 @@ def check_prior(
     anything is drawn. Decodes the class pictures that are there. `section`: of the settings."""
     if options.subject is not None and data is not None:
         yield from _without_subject(options, data, section, words)
+    if options.prior == "prediction" and data is not None and not data.caption_dropout:
+        text = (
+            'is 0 with prior = "prediction": what the class prompts hold in place, the empty prompt keeps too, and '
+            "guidance, which draws away from it, may burn the subject's colours. Set 0.1, or draw with less guidance."
+        )
+        yield Problem("no caption dropped", "data.caption_dropout", text, error=False)
     if options.prior != "images":
         return
     if data is not None and data.buckets:

@@ -35,6 +35,19 @@ def test_who_beats_the_recipe_is_told_by_means_over_seeds(methods: Any) -> None:
     assert line == "| zorbik | dreambooth, unet by 0.05 | textual-inversion by 0.05 | none |"
 
 
+def test_the_recipe_is_compared_row_by_row(methods: Any) -> None:
+    """A level that all rows of one creature share is in both, and gone from the difference."""
+    rows = [
+        row(subject, method, seed, base + learned + 0.1 * seed, 0.9, 40 + drift)
+        for subject, base in (("zorbik", 0.0), ("plimmo", 0.3))
+        for seed in (0, 1)
+        for method, learned, drift in ((RECIPE, 0.25, 0), ("dreambooth, unet", 0.05, 3))
+    ]
+    (line,) = methods.beside(rows, RECIPE).splitlines()[2:]
+    assert line == ("| dreambooth, unet | +0.20 (+0.20 to +0.20) | +0.00 (+0.00 to +0.00) | -3 (-3 to -3) |")
+    assert methods.beside(rows[:4], RECIPE) == "", "one creature tells nothing of others"
+
+
 def test_methods_without_rows_have_no_column(methods: Any) -> None:
     head, _, line = methods.by_subject(ROWS).splitlines()
     assert head == "| learned / obeys / drift | textual-inversion | dreambooth, unet | pivotal, unet |"

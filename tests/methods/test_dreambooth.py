@@ -292,7 +292,7 @@ def test_a_class_that_is_held_while_no_caption_is_dropped_is_a_warning() -> None
     for dropped in (0.0, 0.1):
         problems = dreambooth.check(options, DataSettings(images="p", caption_dropout=dropped), [])
         assert [problem.error for problem in problems] == ([] if dropped else [False])
-        assert dropped or problems[0].key == "data.caption_dropout" and "guidance" in problems[0].text
+        assert dropped or (problems[0].key == "data.caption_dropout" and "guidance" in problems[0].text)
 
 
 def test_class_pictures_that_nobody_can_draw_are_refused(tmp_path: Path) -> None:

@@ -235,28 +235,25 @@ def beaten_by(rows: list[dict[str, Any]], recipe: str) -> str:
 
 def beside(rows: list[dict[str, Any]], recipe: str) -> str:
     """One line a method: how much more than it `recipe` does, row by row, with 95 % intervals over creatures and seeds.
-    Rows that only one of the two has are left out."""
+    Seeds count of which both have a row of every creature."""
     lines = [f"| {recipe}, more than | learned | obeys | drift |", "|---|---|---|---|"]
-    own = {(row["subject"], row["seed"]): row for row in rows if row["method"] == recipe}
+    placed = {(row["method"], row["subject"], row["seed"]): row for row in rows}
+    subjects = [name for name in SUBJECTS if any(row["subject"] == name for row in rows)]
     for method in METHODS:
-        pairs = {
-            (row["subject"], row["seed"]): {
-                key: own[row["subject"], row["seed"]][key] - row[key] for key in ("learned", "obeys", "drift")
-            }
-            for row in rows
-            if row["method"] == method != recipe and (row["subject"], row["seed"]) in own
-        }
-        seeds = sorted({seed for _, seed in pairs})
-        subjects = [name for name in SUBJECTS if all((name, seed) in pairs for seed in seeds)]
-        if len(subjects) < 2 or len(seeds) < 2:
+        seeds = [
+            seed
+            for seed in sorted({row["seed"] for row in rows})
+            if all((one, name, seed) in placed for one in (recipe, method) for name in subjects)
+        ]
+        if method == recipe or len(subjects) < 2 or len(seeds) < 2:
             continue
-        cells = []
-        for key in ("learned", "obeys", "drift"):
-            found = estimate(
-                np.array([[pairs[subject, seed][key] for seed in seeds] for subject in subjects])
+        cells = [
+            _spread(
+                [[placed[recipe, s, n][key] - placed[method, s, n][key] for n in seeds] for s in subjects],
+                form,
             )
-            places = 0 if key == "drift" else 2
-            cells.append(f"{found.value:+.{places}f} ({found.low:+.{places}f} to {found.high:+.{places}f})")
+            for key, form in (("learned", "+.2f"), ("obeys", "+.2f"), ("drift", "+.0f"))
+        ]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
@@ -291,15 +288,16 @@ def _cell(rows: list[Mapping[str, Any]], key: str) -> str:
     subjects = sorted({row["subject"] for row in rows})
     seeds = sorted({row["seed"] for row in rows})
     values = {(row["subject"], row["seed"]): row[key] for row in rows}
-    shown = (
-        (lambda x: f"{x:.2f}")
-        if key in ("learned", "obeys", "kept", "overall", "copies")
-        else (lambda x: f"{x:.0f}")
-    )
+    form = ".2f" if key in ("learned", "obeys", "kept", "overall", "copies") else ".0f"
     if len(values) < len(subjects) * len(seeds) or len(values) == 1:
-        return shown(float(np.mean(list(values.values()))))
-    found = estimate(np.array([[values[subject, seed] for seed in seeds] for subject in subjects]))
-    return f"{shown(found.value)} ({shown(found.low)} to {shown(found.high)})"
+        return format(float(np.mean(list(values.values()))), form)
+    return _spread([[values[subject, seed] for seed in seeds] for subject in subjects], form)
+
+
+def _spread(values: list[list[float]], form: str) -> str:
+    """The mean of subjects x seeds, and its 95 % interval over both."""
+    found = estimate(np.array(values))
+    return f"{found.value:{form}} ({found.low:{form}} to {found.high:{form}})"
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,32 +164,35 @@ class Command:
             guided=guided,
         )
         try:
-            with start_up() if alone else nullcontext():
-                from scumble.runs.config import RunConfig
-                from scumble.runs.folder import Layout
-                from scumble.runs.load import assemble
-                from scumble.runs.train import result_name, train
-
-                config = assemble(RunConfig, self.translate(flags, world))
-                if int(os.environ.get("RANK", 0)) == 0:
-                    for note in self.notes(flags):
-                        print(f"note: {note}", file=sys.stderr)
-                train(
-                    config,
-                    resume=resume(getattr(flags, "resume_from_checkpoint", None), Path(flags.output_dir)),
-                    layout=Layout(
-                        adapter=self.result(flags) or result_name(config),
-                        checkpoint="checkpoint-{step}",
-                        tensorboard=getattr(flags, "logging_dir", ""),
-                        strict=False,
-                    ),
-                    hub_token=getattr(flags, "hub_token", None),
-                )
+            with start_up(alone):
+                self._train(flags, world)
         except (ScumbleError, Refused) as error:
             if to_be_printed(error):
                 print(f"error: {error}", file=sys.stderr)
             return getattr(error, "exit_code", 2)
         return 0
+
+    def _train(self, flags: argparse.Namespace, world: World) -> None:
+        from scumble.runs.config import RunConfig
+        from scumble.runs.folder import Layout
+        from scumble.runs.load import assemble
+        from scumble.runs.train import result_name, train
+
+        config = assemble(RunConfig, self.translate(flags, world))
+        if int(os.environ.get("RANK", 0)) == 0:
+            for note in self.notes(flags):
+                print(f"note: {note}", file=sys.stderr)
+        train(
+            config,
+            resume=resume(getattr(flags, "resume_from_checkpoint", None), Path(flags.output_dir)),
+            layout=Layout(
+                adapter=self.result(flags) or result_name(config),
+                checkpoint="checkpoint-{step}",
+                tensorboard=getattr(flags, "logging_dir", ""),
+                strict=False,
+            ),
+            hub_token=getattr(flags, "hub_token", None),
+        )
 
 
 def resume(value: str | None, output: Path) -> str | Path | None:

@@ -24,6 +24,15 @@ def test_the_collector_is_as_it_was_whatever_happens() -> None:
     assert gc.isenabled()
 
 
+def test_a_process_that_is_also_somebody_elses_is_left_alone() -> None:
+    frozen = gc.get_freeze_count()
+    with start_up(alone=False):
+        assert gc.isenabled()
+        started()
+        assert gc.get_freeze_count() == frozen
+    assert gc.isenabled()
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_a_start_ends_when_it_is_told_and_at_the_latest_with_its_block(told: bool) -> None:
     frozen = gc.get_freeze_count()

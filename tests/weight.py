@@ -31,15 +31,13 @@ def longest_first(path: str) -> int:
     return next((n for n, end in enumerate(LONGEST) if path.endswith(end)), len(LONGEST))
 
 
-def weighed(names: Iterable[str], quick: str, standing: Collection[str]) -> list[Any]:
+def weighed(names: Iterable[str], quick: str | None, standing: Collection[str]) -> list[Any]:
     """Parameters: `quick` runs always, those that are `standing` for the others but where quick tests are asked for,
     all others where every case is."""
 
     def marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
-        return (
-            ()
-            if name == quick
-            else (pytest.mark.slow, *(() if name in standing else (pytest.mark.thorough,)))
-        )
+        if name == quick:
+            return ()
+        return (pytest.mark.slow,) if name in standing else (pytest.mark.slow, pytest.mark.thorough)
 
     return [pytest.param(name, marks=marks(name)) for name in names]

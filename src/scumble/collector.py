@@ -10,10 +10,13 @@ _starting = False
 
 
 @contextmanager
-def start_up() -> Iterator[None]:
+def start_up(alone: bool = True) -> Iterator[None]:
     """Without it until `started`, for a process that is nobody else's: importing torch, diffusers and transformers
-    makes a million objects, and none of them ever goes."""
+    makes a million objects, and none of them ever goes. Not `alone`, nothing happens."""
     global _starting
+    if not alone:
+        yield
+        return
     gc.disable()
     _starting = True
     try:

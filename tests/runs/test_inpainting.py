@@ -84,7 +84,7 @@ def test_it_trains_and_its_pipeline_loads_the_file(family: str, world: Path, tmp
     assert (ours - theirs).square().mean() < 1e-5, "PSNR above 50 dB"
 
 
-@pytest.mark.parametrize("family", weighed(PIPELINES, "", ("sd1",)), indirect=True)
+@pytest.mark.parametrize("family", weighed(PIPELINES, None, ("sd1",)), indirect=True)
 def test_a_resumed_run_sees_the_holes_of_an_uninterrupted_one(world: Path, tmp_path: Path) -> None:
     train = {"steps": 4, "batch": 1, "checkpoint_every": 2, "optimizer": {"learning_rate": 0.02}}
     cut_and_resumed(lambda run: settings(world, tmp_path / run, train=train))

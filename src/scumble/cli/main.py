@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from contextlib import nullcontext
 from typing import Any
 
 import typer
@@ -122,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         # a process that is ours alone, and will call `started`
-        with start_up() if own and arguments[:1] and arguments[0] in _LOAD_A_BASE else nullcontext():
+        with start_up(own and bool(arguments) and arguments[0] in _LOAD_A_BASE):
             typer.main.get_command(app).main(args=arguments, prog_name="scumble")
     except ScumbleError as error:
         if debug:
